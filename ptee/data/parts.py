@@ -11,6 +11,7 @@ files. So half a part is never taken for a whole one, and files of other folders
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import file_hash, from_json, is_file, read_object, to_json
-from ptee._common.writing import alone, clear_unfinished, is_left_over, require_writable, write_json, writing_in
+from ptee._common.writing import (
+    alone,
+    cannot_write,
+    clear_unfinished,
+    is_left_over,
+    require_writable,
+    write_json,
+    writing_in,
+)
 from ptee.data.batches import UNKNOWN_LABEL
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
@@ -241,15 +250,22 @@ class PartsWriter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
-        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there."""
-        with writing_in(self.folder) as beside:
-            yield beside
-            part, faults = _summary(name, beside)
-            # of a process that ended before the manifest named it
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            shutil.copymode(self.folder, beside)
-            beside.rename(self.folder / name)
-            beside.mkdir()  # for the context manager to remove
+        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        try:
+            with writing_in(self.folder) as beside:
+                yield beside
+                part, faults = _summary(name, beside)
+                # of a process that ended before the manifest named it
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                shutil.copymode(self.folder, beside)
+                beside.rename(self.folder / name)
+                beside.mkdir()  # for the context manager to remove
+        except OSError as why:  # of what is read, an error is named where it is read
+            raise cannot_write(self.folder / name, reason_of(why)) from why
         with self._one_at_a_time:
             self._add(part, faults)
 
@@ -350,6 +366,11 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, An
             inner = _difference(one, two) if isinstance(one, Mapping) and isinstance(two, Mapping) else None
             return (key, one, two) if inner is None else (f"{key}.{inner[0]}", *inner[1:])
     return None
+
+
+def reason_of(why: OSError) -> str:
+    """What the system says of an error. Arrow adds words of its own."""
+    return os.strerror(why.errno) if why.errno else first_line(why).rstrip(".")
 
 
 def write_tables(tables: Iterator[Any], file: Path, callback: Callable[[int], None] | None = None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ptee._common.errors import DataError, PteeError
+from ptee._common.errors import DataError, PteeError, RunError
 from ptee.data.parts import parts_writer, read_manifest, read_whole, row_groups, write_tables
 
 ABOUT = {"heads": "a", "source": {"kind": "tar", "bytes": 4}}
@@ -79,6 +79,23 @@ def test_a_part_that_the_manifest_does_not_name_is_made_again(tmp_path):
         (tmp_path / "out" / "part-0" / "old.parquet").write_bytes(b"half")
         add(writer, "part-0", table("ab"))
     assert keys(tmp_path / "out") == "ab"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(errno.ENOSPC, r"No space left on device\. Make room"), (errno.EFBIG, r"File too large\. Choose")],
+)
+def test_a_full_disk_is_named_and_the_part_is_not_there(code, said, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(code, "Error writing bytes to file. Detail: [errno 28]")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+    with (
+        pytest.raises(RunError, match=rf"^Cannot write {tmp_path}/out/part-0: {said}"),
+        begun(tmp_path / "out") as writer,
+    ):
+        add(writer, "part-0", table("ab"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_two_writers_into_one_folder_are_refused(tmp_path):
