@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from device import here
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ptee.data.pictures import image_transform
@@ -81,3 +81,14 @@ def first_images(file: tarfile.TarFile, count: int) -> tuple[Tensor, Tensor]:
     read = [Image.open(io.BytesIO(file.extractfile(m).read())).convert("RGB") for m in members]
     x = torch.from_numpy(np.stack([np.asarray(image) for image in read])).permute(0, 3, 1, 2) / 255
     return x.to(here()), torch.tensor([classes.index(m.name.split("/")[-2]) for m in members])
+
+
+class Oracle(nn.Module):
+    """Knows the class from the grey level: images of class i of `order` have the level i."""
+
+    def __init__(self, level_to_class: list[int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(len(level_to_class))[level_to_class])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table[(x[:, 0, 0, 0] * 255).round().long()]

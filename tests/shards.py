@@ -18,13 +18,13 @@ def picture(seed: int) -> bytes:
     return content.getvalue()
 
 
-def shard(path: Path, numbers: range, damaged: tuple[int, ...] = ()) -> Path:
-    """A webdataset shard of pictures with these numbers, each of class number % 10."""
+def shard(path: Path, numbers: range, damaged: tuple[int, ...] = (), labelled: int = 10**9) -> Path:
+    """A webdataset shard of pictures with these numbers, each of class number % 10; from `labelled` on of none."""
     with tarfile.open(path, "w") as tar:
         for n in numbers:
             for ending, content in (
                 ("png", b"no picture" if n in damaged else picture(n)),
-                ("cls", str(n % 10).encode()),
+                ("cls", str(n % 10).encode() if n < labelled else b""),
             ):
                 member = tarfile.TarInfo(f"{n:05d}.{ending}")
                 member.size = len(content)

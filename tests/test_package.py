@@ -16,7 +16,7 @@ import pytest
 import ptee
 
 PACKAGE = Path(ptee.__file__).parent
-IMPORT_RULE = "_common < analysis, data < backbones < exits < production < model < training, tuning, deploy < recording < evaluation, timing, scale, serving < report < pipeline < cli"
+IMPORT_RULE = "_common < analysis, data < backbones < exits < production < model < training, tuning, deploy < recording < evaluation, timing, serving < scale, report < pipeline < cli"
 FLOOR_OF = {folder: n for n, floor in enumerate(IMPORT_RULE.split(" < ")) for folder in floor.split(", ")}
 ENTRANCES = {"__init__", "__main__"}  # public names, imported late; and the command
 MOST_FILES, MOST_LINES = 12, 450

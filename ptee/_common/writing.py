@@ -57,10 +57,11 @@ def require_writable(folder: Path, remedy: str = ANOTHER_FOLDER) -> None:
     except OSError as why:
         reason = str(why.strerror)
     if reason:
-        raise _cannot_write(folder, reason, remedy)
+        raise cannot_write(folder, reason, remedy)
 
 
-def _cannot_write(path: Path, reason: str, remedy: str) -> RunError:
+def cannot_write(path: Path, reason: str, remedy: str = ANOTHER_FOLDER) -> RunError:
+    """The error for a file or folder that cannot be written."""
     is_full = any(words in reason for words in FULL)
     return RunError(f"Cannot write {path}: {reason}. {'Make room on that disk.' if is_full else remedy}")
 
@@ -129,7 +130,7 @@ def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
                 new.replace(folder / RENAMING)
             _rename_the_rest(folder, ANOTHER_FOLDER)
     except OSError as why:
-        raise _cannot_write(folder, str(why.strerror), ANOTHER_FOLDER) from why
+        raise cannot_write(folder, str(why.strerror), ANOTHER_FOLDER) from why
     finally:
         if not was_there:
             with suppress(OSError):
@@ -186,7 +187,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], re
                 (new / name).replace(folder / name)
     except (OSError, SafetensorError) as why:
         reason = getattr(why, "strerror", None) or first_line(why).rstrip(".")
-        raise _cannot_write(folder / name, reason, remedy) from why
+        raise cannot_write(folder / name, reason, remedy) from why
 
 
 def _swap(folder: Path, new: Path, kept: Path, names: Sequence[str]) -> None:
@@ -291,7 +292,7 @@ def _lock_of(folder: Path, wait: float, instead: Advice, remedy: str) -> FileLoc
                 (folder / LOCK).unlink()  # it was made, and locks nothing
             return None
         if not (folder / LOCK).exists() or (folder / LOCK).is_file():
-            raise _cannot_write(folder, str(why.strerror), remedy) from why
+            raise cannot_write(folder, str(why.strerror), remedy) from why
         text = f"{folder / LOCK} cannot be locked: {first_line(why)} Remove it, or "
         raise RunError(text, *instead, ".", argument=_argument_of(instead)) from why
 
@@ -330,7 +331,7 @@ def _rename_the_rest(folder: Path, remedy: str) -> None:
             new.replace(folder / new.name)
         (folder / RENAMING).rmdir()
     except OSError as why:
-        raise _cannot_write(folder, str(why.strerror), remedy) from why
+        raise cannot_write(folder, str(why.strerror), remedy) from why
 
 
 def is_left_over(name: str) -> bool:

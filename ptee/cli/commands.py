@@ -205,8 +205,9 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     require_recipes(base, axes)
     require_writable(o["out"])
     from ptee._common.devices import require_launch, resolve_device
+    from ptee.data.labels import describe_labels
     from ptee.pipeline.fit import Job
-    from ptee.pipeline.images import describe_labels, undoubted
+    from ptee.pipeline.images import undoubted
     from ptee.pipeline.sweep import run_sweep
 
     o["device"] = resolve_device(o["device"])

@@ -11,7 +11,7 @@ from cloup import command, option, option_group
 
 from ptee._common.errors import Interrupted
 from ptee.cli import options
-from ptee.cli.options import File, Place, Real, RunName, in_groups
+from ptee.cli.options import File, Place, Real, RunName, as_option, in_groups
 from ptee.cli.values import require_runs
 
 SOURCE = option_group(
@@ -112,8 +112,11 @@ def trace(run: str, **o: Any) -> None:
     from ptee.scale.trace import record
 
     with _goes_on(o["overwrite"]):
-        found = record(run, logits=words_of(o["logits"]), log=click.echo, **{name: o[name] for name in OF_BOTH})
-    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} --max-drop 0.01")
+        found = record(
+            run, logits=words_of(o["logits"]), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH}
+        )
+    target = "--max-drop" if found.labelled else "--max-fidelity-drop"
+    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} {target} 0.01")
 
 
 @command(short_help="Keep what the heads read of very many images.")
@@ -137,4 +140,4 @@ def cache(run: str, **o: Any) -> None:
     from ptee.scale.cache import cache as write
 
     with _goes_on(o["overwrite"]):
-        write(run, limit=int(o["limit"] * 2**30), log=click.echo, **{name: o[name] for name in OF_BOTH})
+        write(run, limit=int(o["limit"] * 2**30), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH})

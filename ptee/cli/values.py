@@ -135,8 +135,9 @@ def open_for(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[
 
 def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:
     """The images, all of which can be read, and the recipe that their labels allow."""
+    from ptee.data.labels import describe_labels
     from ptee.pipeline.demo import imagenette
-    from ptee.pipeline.images import describe_labels, described_change, recipe_for, undoubted
+    from ptee.pipeline.images import described_change, recipe_for, undoubted
     from ptee.pipeline.run_folder import removed_pictures, require_readable
 
     if o["data"] is None:
@@ -220,7 +221,8 @@ def opened_runs(runs: Mapping[str, str], o: dict[str, Any], max_drop: float | No
     from ptee.tuning.trace_folder import open_traces
 
     traces = open_traces(*o["traces"])
-    return {name: open_traced(run, traces, weights=o["weights"], max_drop=max_drop) for name, run in runs.items()}
+    how = {"weights": o["weights"], "max_drop": max_drop, "word": as_option}
+    return {name: open_traced(run, traces, **how) for name, run in runs.items()}
 
 
 def how_of(o: dict[str, Any]) -> dict[str, Any]:

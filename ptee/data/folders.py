@@ -10,7 +10,7 @@ import os
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -316,24 +316,29 @@ def _refuse_no_images(folder: Path, found: _Part) -> None:
     raise DataError(f"No images in class folders of '{folder}'{holds}: it should hold {LAYOUTS}.{unpack}")
 
 
-def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Counter[str]]:
-    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `_is_new`."""
+def files_below(folder: Path, reached: dict[Path, Path]) -> Iterator[Path]:
+    """The files below a folder, in linked folders too. `reached` is of `_is_new`."""
 
     def refuse(why: OSError) -> None:
         raise not_listed(why) from why
 
-    pictures, others = [], Counter[str]()
     # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
     for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
         below = sorted((Path(top, name) for name in inner if not is_hidden(name)), key=lambda p: (p.is_symlink(), p))
         inner[:] = [path.name for path in below if _is_new(path, folder, reached)]
-        for path in (Path(top, name) for name in names if not is_hidden(name)):
-            if path.suffix.lower() in EXTENSIONS:
-                pictures.append(str(path))
-            else:
-                if path.is_symlink():
-                    refuse_broken_link(path)
-                others[path.suffix.lower() or "without extension"] += 1
+        yield from (Path(top, name) for name in names if not is_hidden(name))
+
+
+def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Counter[str]]:
+    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `_is_new`."""
+    pictures, others = [], Counter[str]()
+    for path in files_below(folder, reached):
+        if path.suffix.lower() in EXTENSIONS:
+            pictures.append(str(path))
+        else:
+            if path.is_symlink():
+                refuse_broken_link(path)
+            others[path.suffix.lower() or "without extension"] += 1
     return sorted(pictures), others
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ptee._common.errors import Advice, Argument, DataError, some
+from ptee._common.errors import Advice, Argument, DataError, PteeError, some
 from ptee._common.files import as_path
 from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL
@@ -51,6 +51,11 @@ class LabelMap:
                 wanted, f" needs labels under which the backbone is right. {self.doubt} ", *self.remedy, " Or give ", instead, ".",
                 argument=wanted.name,
             )  # fmt: skip
+
+
+def describe_labels(labels: LabelMap, word: Callable[[Argument], str] = str) -> str:
+    """How the labels were mapped, why they are in doubt, and what to do about it. `word` says how to call an argument."""
+    return PteeError(f"{labels.reason} {labels.doubt}".strip(), " ", *labels.remedy).worded(word).strip()
 
 
 def class_orders(names: Sequence[str]) -> dict[str, list[str]]:

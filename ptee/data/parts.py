@@ -11,6 +11,7 @@ files. So half a part is never taken for a whole one, and files of other folders
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import file_hash, from_json, is_file, read_object, to_json
-from ptee._common.writing import alone, clear_unfinished, is_left_over, require_writable, write_json, writing_in
+from ptee._common.writing import (
+    alone,
+    cannot_write,
+    clear_unfinished,
+    is_left_over,
+    require_writable,
+    write_json,
+    writing_in,
+)
+from ptee.data.batches import UNKNOWN_LABEL
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
 SCHEMA = 1
@@ -49,11 +59,12 @@ class PartFile(_Strict):
 
 
 class Part(_Strict):
-    """A part that is whole: its number of rows with an answer and of images that cannot be read, and its files."""
+    """A part that is whole: its number of rows with an answer, of those with a label, of images that cannot be read; its files."""
 
     name: str = Field(pattern=NAME)
     rows: int = Field(ge=0)
     unreadable: int = Field(ge=0)
+    labelled: int = Field(0, ge=0)
     files: list[PartFile]
 
 
@@ -77,6 +88,11 @@ class Manifest(_Strict):
     def rows(self) -> int:
         """Of all parts, without images that cannot be read."""
         return sum(part.rows for part in self.parts)
+
+    @property
+    def labelled(self) -> int:
+        """Of the rows, those with a label."""
+        return sum(part.labelled for part in self.parts)
 
     @property
     def unreadable(self) -> int:
@@ -234,15 +250,22 @@ class PartsWriter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
-        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there."""
-        with writing_in(self.folder) as beside:
-            yield beside
-            part, faults = _summary(name, beside)
-            # of a process that ended before the manifest named it
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            shutil.copymode(self.folder, beside)
-            beside.rename(self.folder / name)
-            beside.mkdir()  # for the context manager to remove
+        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        try:
+            with writing_in(self.folder) as beside:
+                yield beside
+                part, faults = _summary(name, beside)
+                # of a process that ended before the manifest named it
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                shutil.copymode(self.folder, beside)
+                beside.rename(self.folder / name)
+                beside.mkdir()  # for the context manager to remove
+        except OSError as why:  # of what is read, an error is named where it is read
+            raise cannot_write(self.folder / name, reason_of(why)) from why
         with self._one_at_a_time:
             self._add(part, faults)
 
@@ -262,15 +285,16 @@ class PartsWriter:
 def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
     """What the manifest says of a part, and the images of it that cannot be read."""
     pa = arrow()
-    files, faults, rows = [], [], 0
+    files, faults, rows, labelled = [], [], 0, 0
     for path in sorted(folder.glob("*.parquet")):
         with pa.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=["key", "fault"]):
-                bad = batch.filter(pa.compute.not_equal(batch["fault"], "")).to_pylist()
-                rows += len(batch) - len(bad)
-                faults += bad
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=["key", "fault", "label"]):
+                good = pa.compute.equal(batch["fault"], "")
+                rows += len(labels := batch.filter(good)["label"])
+                labelled += pa.compute.sum(pa.compute.not_equal(labels, UNKNOWN_LABEL)).as_py() or 0
+                faults += batch.select(["key", "fault"]).filter(pa.compute.invert(good)).to_pylist()
         files.append(PartFile(name=path.name, size=path.stat().st_size, sha256=file_hash(path)))
-    return Part(name=name, rows=rows, unreadable=len(faults), files=files), faults
+    return Part(name=name, rows=rows, unreadable=len(faults), labelled=labelled, files=files), faults
 
 
 @contextmanager
@@ -342,6 +366,11 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, An
             inner = _difference(one, two) if isinstance(one, Mapping) and isinstance(two, Mapping) else None
             return (key, one, two) if inner is None else (f"{key}.{inner[0]}", *inner[1:])
     return None
+
+
+def reason_of(why: OSError) -> str:
+    """What the system says of an error. Arrow adds words of its own."""
+    return os.strerror(why.errno) if why.errno else first_line(why).rstrip(".")
 
 
 def write_tables(tables: Iterator[Any], file: Path, callback: Callable[[int], None] | None = None) -> None:

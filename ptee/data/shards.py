@@ -6,20 +6,23 @@ unpickled here.
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded, require_utf8
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS
+from ptee.data.folders import EXTENSIONS, files_below, list_files
 from ptee.data.parts import arrow
+from ptee.data.pictures import NOT_A_FILE
 from ptee.data.splits import parts_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
@@ -42,6 +45,7 @@ class Sample(NamedTuple):
     image: bytes
     label: int
     class_name: str
+    in_folder: bool = False  # the name is that of the folder around it, which need not be a class
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,17 @@ class Source:
         kind: a key of `ENDINGS`.
         files: paths below it, sorted.
         sizes: bytes of each.
+        class_names: of folders of pictures, sorted; of tables, by the number of their labels, where Hugging Face's schema
+            says them; else none.
+        not_read: what else lies there, in words.
     """
 
     place: str
     kind: str
     files: tuple[str, ...]
     sizes: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, ...]]:
         """The files in parts of about equal bytes, the same each time."""
@@ -87,13 +96,6 @@ class Source:
             return sum(arrow().parquet.read_metadata(Path(self.place, file)).num_rows for file in self.files)
         return round(sum(1 for _ in samples(self, self.files[:1])) * sum(self.sizes) / max(1, first.stat().st_size))
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the folders of pictures, sorted; of another kind none."""
-        if self.kind != PICTURES:
-            return ()
-        return tuple(sorted({class_of(file) for file in self.files} - {""}))
-
 
 def find_source(source: str | Path) -> Source:
     """The files of a source: a folder, or one shard or table.
@@ -109,11 +111,11 @@ def find_source(source: str | Path) -> Source:
     top, files = (path, _listed(path)) if path.is_dir() else (path.parent, [path.name])
     for kind, endings in ENDINGS.items():
         found = sorted(file for file in files if file.lower().endswith(endings))
+        if found and kind == PICTURES and path.is_dir() and any("/" in file for file in found):
+            return _of_classes(path)
         if found and (kind != PICTURES or path.is_dir()):
-            for name in (str(top.resolve()), *found):
-                require_utf8(name, "file or folder")
-            sizes = tuple((top / file).stat().st_size for file in found)
-            return Source(str(top.resolve()), kind, tuple(found), sizes)
+            names = _names_of_labels(top / found[0]) if kind == PARQUET else ()
+            return _made(top, kind, found, class_names=names)
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
 
 
@@ -127,17 +129,46 @@ def _require_one_part(top: Path) -> None:
 
 
 def _listed(top: Path) -> list[str]:
-    """Regular files below a folder, without hidden ones."""
-    found = []
-    for folder, folders, names in os.walk(top):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(folder).relative_to(top)
-        found += [(inside / name).as_posix() for name in names if not name.startswith(".")]
-    return [file for file in found if (top / file).is_file()]
+    """Files below a folder, without hidden ones."""
+    return [path.relative_to(top).as_posix() for path in files_below(top, {top.resolve(): top})]
+
+
+def _of_classes(top: Path) -> Source:
+    """Pictures in class folders, read and named as for other commands."""
+    listing = list_files(top, report_only=True)
+    files = [file for rows in listing.parts.values() for file, _ in rows]
+    places = sorted({Path(file.path.removesuffix(file.name)) for file in files})
+    if len(places) > 1:
+        text = f"{top} holds {some([place.name for place in places])}. Give one of them: "
+        raise DataError(text, Argument("data", str(places[0])), ".", argument="data")
+    names = sorted(file.name for file in files)
+    rest = tuple(words.removesuffix(f" of {part}") for words in listing.not_read for part in listing.parts)
+    return _made(places[0], PICTURES, names, class_names=listing.class_names, not_read=rest)
+
+
+def _made(top: Path, kind: str, files: Sequence[str], **more: tuple[str, ...]) -> Source:
+    """The source of these files. A pipe named like a picture would be waited for."""
+    for name in (str(top.resolve()), *files):
+        require_utf8(name, "file or folder")
+    sizes = []
+    for path in (top / file for file in files):
+        try:
+            about = path.stat()
+        except OSError as why:
+            raise DataError(f"{path} cannot be read ({why.strerror}): mend it, or remove it.") from why
+        if not S_ISREG(about.st_mode):
+            raise DataError(f"{path} is {NOT_A_FILE}: remove it.")
+        sizes.append(about.st_size)
+    return Source(str(top.resolve()), kind, tuple(files), tuple(sizes), **more)
 
 
 def class_of(name: str) -> str:
-    """The class of CLASS/picture.jpg; empty without a folder."""
+    """The class of CLASS/picture.jpg, also of CLASS/MORE/picture.jpg; empty without a folder."""
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def _folder_of(name: str) -> str:
+    """The folder around a picture in a shard, which timm takes for its class; empty without a folder."""
     return name.split("/")[-2] if "/" in name else ""
 
 
@@ -150,7 +181,8 @@ def samples(source: Source, files: Sequence[str]) -> Iterator[Sample]:
     Raises:
         DataError: naming a file that cannot be read.
     """
-    read = {TAR: _of_shard, PARQUET: _of_table, PICTURES: _of_picture}[source.kind]
+    of_table = partial(_of_table, class_names=source.class_names)
+    read: Any = {TAR: _of_shard, PARQUET: of_table, PICTURES: _of_picture}[source.kind]
     for file in files:
         try:
             yield from read(Path(source.place, file), file)
@@ -168,7 +200,7 @@ def unreadable_file(path: Path | str, why: BaseException) -> DataError:
 
 
 def _of_picture(path: Path, name: str) -> Iterator[Sample]:
-    yield Sample(name, path.read_bytes(), UNKNOWN_LABEL, class_of(name))
+    yield Sample(name, path.read_bytes(), UNKNOWN_LABEL, class_of(name), True)
 
 
 def _of_shard(path: Path, name: str) -> Iterator[Sample]:
@@ -207,21 +239,50 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
     """The sample of some members of a shard, if one is a picture."""
     pictures = [ending for ending in members if ending != LABEL]
     if pictures:
-        label = number(members.get(LABEL, b""))
-        yield Sample(key, members[pictures[0]], label, class_of(key.partition("/")[2]) if label < 0 else "")
+        label, class_name = read_label(key, members.get(LABEL))
+        folder = "" if label >= 0 or class_name else _folder_of(key.partition("/")[2])
+        yield Sample(key, members[pictures[0]], label, class_name or folder, bool(folder))
 
 
-def number(text: bytes) -> int:
-    """A label as it stands in a shard; -1 if it is no number, or above `LARGEST_LABEL`."""
-    return int(text) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", text) else UNKNOWN_LABEL
+def read_label(key: str, value: Any) -> tuple[int, str]:
+    """A label as it stands in a source: a number and an empty text, or -1 and the name of a class, or -1 and an empty text.
+
+    Raises:
+        DataError: naming the picture, if it is none of these.
+    """
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        text = value
+    text = text.strip() if isinstance(text, str) else text
+    if text in (None, "", "-1", -1) or text != text:  # -1 and NaN stand for no label
+        return UNKNOWN_LABEL, ""
+    if isinstance(text, str) and not re.fullmatch("[0-9]+", text):
+        return UNKNOWN_LABEL, text
+    whole = isinstance(text, (str, int, float)) and not isinstance(text, bool) and float(text).is_integer()
+    if not whole or not 0 <= float(text) <= LARGEST_LABEL:
+        raise DataError(f"{key} has the label {text!r:.60}. Give each image the number or the name of its class.")
+    return int(text), ""
 
 
-def _of_table(path: Path, name: str) -> Iterator[Sample]:
+def _names_of_labels(path: Path) -> tuple[str, ...]:
+    """The class names that Hugging Face's schema gives the numbers in a table; else none."""
+    try:
+        schema = arrow().parquet.read_schema(path)
+        _, label, _ = columns_of(path, schema.names)
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[label]["names"]
+    except (OSError, ValueError, KeyError, TypeError):  # a table that cannot be read is named where it is read
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def _of_table(path: Path, name: str, class_names: Sequence[str]) -> Iterator[Sample]:
     with arrow().parquet.ParquetFile(path) as table:
         image, label, key = columns_of(path, table.schema_arrow.names)
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=[c for c in (image, label, key) if c]):
             for row in batch.to_pylist():
-                yield of_row(name, row[image], row.get(label or ""), row.get(key or ""))
+                yield of_row(name, row[image], row.get(label or ""), row.get(key or ""), class_names)
 
 
 def columns_of(path: Path | str, names: Sequence[str]) -> tuple[str, str | None, str | None]:
@@ -232,10 +293,18 @@ def columns_of(path: Path | str, names: Sequence[str]) -> tuple[str, str | None,
     return image, label, key
 
 
-def of_row(file: str, image: Any, label: Any, key: Any) -> Sample:
-    """The sample of a row. An image is bytes, or {bytes, path} as Hugging Face's tables have it; without a key its checksum."""
+def of_row(file: str, image: Any, label: Any, key: Any, class_names: Sequence[str] = ()) -> Sample:
+    """The sample of a row. An image is bytes, or {bytes, path} as Hugging Face's tables have it; without a key its checksum.
+
+    `class_names`: of numbers that Hugging Face's schema names.
+    """
     content = image.get("bytes") if isinstance(image, Mapping) else image
     named = key or (isinstance(image, Mapping) and image.get("path")) or ""
     content = content if isinstance(content, bytes) else b""
-    known = isinstance(label, int) and not isinstance(label, bool) and 0 <= label <= LARGEST_LABEL
-    return Sample(f"{file}/{named or f'{crc32(content):08x}'}", content, label if known else UNKNOWN_LABEL, "")
+    place = f"{file}/{named or f'{crc32(content):08x}'}"
+    number, class_name = read_label(place, label)
+    if class_names and number >= 0:
+        if number >= len(class_names):
+            raise DataError(f"{place} has the label {number}, and its table names {len(class_names)} classes.")
+        number, class_name = UNKNOWN_LABEL, class_names[number]
+    return Sample(place, content, number, class_name)

@@ -21,7 +21,7 @@ from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of, type_name
 from ptee._common.validation import checked, is_name
-from ptee._common.writing import free_place, replace_files, write_json, write_text
+from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -134,6 +134,8 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
         try:
             _save(program, file, format)
         except Exception as why:  # whatever the exporter raises
+            if isinstance(why, OSError) and why.errno:
+                raise cannot_write(file, str(why.strerror), "Set TMPDIR to another folder.") from why
             assert isinstance(piece.module, fx.GraphModule)
             raise not_written(model.plan.backbone, format, why, piece.module.graph.nodes) from why
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
-from ptee.data.batches import batches, labels_of_other_classes, numbered, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
 from ptee.data.labels import IMAGENET_CLASSES, LabelMap, class_orders, map_labels
 from ptee.data.splits import FILES, Data
 
@@ -27,6 +27,9 @@ DEVIATIONS = 2  # standard deviations above chance that so few images can show b
 OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
 CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
+RECORD_AGAIN: Advice = (
+    "Record them again under the right labels: ptee trace RUN --classes FILE names the backbone's classes in its order.",
+)
 TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 
 
@@ -85,6 +88,16 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
     if fault:
         return replace(found, doubt=f"They are not: {fault}.", remedy=remedy)
     return _doubted(found, backbone, answers, labels, remedy)
+
+
+def labels_as_recorded(backbone: Any, answers: Tensor, labels: Tensor) -> LabelMap:
+    """For labels (n,) that were recorded with the backbone's answers (n,). They are doubted as those of folders are."""
+    found = LabelMap(tuple(range(backbone.num_classes)), "")
+    known = labels != UNKNOWN_LABEL
+    answers, labels = answers[known], labels[known]
+    if not len(labels) or labels_of_other_classes(labels, backbone.num_classes):  # then there is no accuracy at all
+        return found
+    return _doubted(found, backbone, answers, labels, RECORD_AGAIN)
 
 
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
@@ -197,7 +210,7 @@ def near_chance(right: float, n: int, num_classes: int) -> str:
     least = chance + max(BETTER_THAN_CHANCE * (1 - chance), DEVIATIONS * (chance * (1 - chance) / n) ** 0.5)
     if right >= min(least, 1):
         return ""
-    return f"The backbone is right on {right:.1%} of {n} images, and would be on {chance:.1%} by chance"
+    return f"The backbone is right on {right:.1%} of {n:,} images, and would be on {chance:.1%} by chance"
 
 
 def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, remedy: Advice) -> LabelMap:

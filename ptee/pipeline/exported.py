@@ -16,11 +16,12 @@ from ptee._common.text import number_of, table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
+from ptee.data.labels import describe_labels
 from ptee.data.splits import images_to_report_on
 from ptee.deploy.manifest import PIXELS_NOT_KNOWN
 from ptee.deploy.runner import Runner, load_exported
 from ptee.exits.config import NEVER
-from ptee.pipeline.images import describe_labels, open_images
+from ptee.pipeline.images import open_images
 
 
 @dataclass(frozen=True)

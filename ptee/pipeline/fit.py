@@ -19,6 +19,7 @@ from ptee._common.process import own_random_numbers
 from ptee._common.progress import Log, silent
 from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
+from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
 from ptee.exits.config import LEARNED, require_confidence
@@ -29,7 +30,6 @@ from ptee.model.build import build, require_no_exits
 from ptee.model.early_exit import EarlyExitModel
 from ptee.pipeline.images import (
     carried_out,
-    describe_labels,
     described_change,
     for_training,
     from_data_sets,

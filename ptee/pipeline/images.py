@@ -85,11 +85,6 @@ def open_images(
     return relabelled(data, labels), labels
 
 
-def describe_labels(labels: LabelMap, word: Callable[[Argument], str] = str) -> str:
-    """How the labels were mapped, why they are in doubt, and what to do about it. `word` says how to call an argument."""
-    return PteeError(f"{labels.reason} {labels.doubt}".rstrip(), " ", *labels.remedy).worded(word).rstrip()
-
-
 def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int, report_only: bool = False) -> Data:
     """The user's own data sets as the three parts; a part that is None is drawn from the training images.
 

@@ -14,6 +14,7 @@ from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
 from ptee._common.progress import Log
+from ptee.data.labels import describe_labels
 from ptee.data.sources import require_source
 from ptee.data.splits import (
     AS_DELIVERED,
@@ -24,6 +25,7 @@ from ptee.data.splits import (
     parts_for_all,
     without_images,
 )
+from ptee.evaluation.class_order import labels_as_recorded
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
 from ptee.evaluation.results import evaluate
@@ -33,7 +35,7 @@ from ptee.model import card, saving
 from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.run_files import CARD
-from ptee.pipeline.images import describe_labels, has_labels, open_images
+from ptee.pipeline.images import has_labels, open_images
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
@@ -140,12 +142,17 @@ def open_run(
 
 
 def open_traced(
-    run: str, traces: TraceFolder, *, weights: Path | None = None, max_drop: float | None = None
+    run: str,
+    traces: TraceFolder,
+    *,
+    weights: Path | None = None,
+    max_drop: float | None = None,
+    word: Callable[[Argument], str] = str,
 ) -> OpenRun:
     """Open a saved run with what `ptee trace` recorded of it, in place of images; `traces` as of `open_traces`.
 
     Raises:
-        DataError: if an accuracy is asked for and there are no labels.
+        DataError: if an accuracy is asked for and there are no labels, or none under which the backbone is right.
         PteeError: as of `load`.
     """
     place, size = str(traces.folders[0].resolve()), len(traces)
@@ -160,10 +167,16 @@ def open_traced(
     empty: Any = []
     data = Data(empty, empty, traces, (), place, split)  # type: ignore[arg-type]
     accuracy = "" if traces.labelled else "They have no labels, so there is no accuracy."
+    instead = Argument("max_fidelity_drop", str(max_drop))
     if max_drop is not None and not traces.labelled:
-        text, instead = f"{traces.words} {accuracy} Give ", Argument("max_fidelity_drop", str(max_drop))
-        raise DataError(text, instead, ".", argument="max_drop")
-    return OpenRun(load_run(run, weights), Unseen(run, data, traces, 0), traces.words, accuracy)
+        raise DataError(f"{traces.words} {accuracy} Give ", instead, ".", argument="max_drop")
+    model = load_run(run, weights)
+    if traces.labelled:
+        labels = labels_as_recorded(model.origin, *traces.backbone_answers(model))
+        if max_drop is not None:
+            labels.require_accuracy(Argument("max_drop", str(max_drop)), instead)
+        accuracy = describe_labels(labels, word)
+    return OpenRun(model, Unseen(run, data, traces, 0), traces.words, accuracy)
 
 
 def tune_run(

@@ -12,7 +12,7 @@ from ptee._common.files import as_path
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.parts import parts_writer
 from ptee.data.shards import Source, find_source, samples
-from ptee.scale.trace import MAX_UNREADABLE, class_order, engine_of, fill, with_classes
+from ptee.scale.trace import MAX_UNREADABLE, class_order, engine_of, fill, tell_labels, with_classes
 from ptee.scale.worker import Job, Worker, open_model
 from ptee.training.feature_cache import LIMIT, CacheFolder, amount, open_cache, what_heads_read
 
@@ -33,6 +33,7 @@ def cache(
     max_unreadable: float = MAX_UNREADABLE,
     overwrite: bool = False,
     log: Any = None,
+    word: Any = str,
 ) -> CacheFolder:
     """Run the backbone once over a source, and keep what the heads read and what it answers, in half precision, part by part.
 
@@ -45,7 +46,7 @@ def cache(
         engine: "local" or "ray".
         workers: processes or actors.
         limit: bytes that the folder may take.
-        classes, weights, batch_size, device, max_unreadable, overwrite, log: as of `ptee.record`.
+        classes, weights, batch_size, device, max_unreadable, overwrite, log, word: as of `ptee.record`.
 
     Raises:
         PteeError: if it would be larger than the limit or the room on the disk, and as of `ptee.record`.
@@ -54,7 +55,8 @@ def cache(
     folder, source = as_path(out, "out"), find_source(data)
     job = Job(str(run), "cache", None if weights is None else str(weights), device, batch_size)
     model = open_model(job)
-    job = with_classes(job, model, source, classes)
+    job, labels = with_classes(job, model, source, classes)
+    tell_labels(labels, log, word)
     worker = Worker(job, model)
     about = what_heads_read(model) | {"source": source.describe(), "shapes": _shapes(worker, source)}
     about |= {"class_order": class_order(job)}

@@ -6,6 +6,7 @@ under the same path, and have the same versions of Ray, Python and ptee. A task 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.writing import cannot_write
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import PartsWriter, arrow
 from ptee.data.shards import (
@@ -36,6 +38,7 @@ from ptee.data.shards import (
 )
 from ptee.scale.worker import Job, Worker
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what cannot be an error of reading
 OF_ACTORS = 0.75  # share of the processors that decode beside GPUs; the others read and write
 ROWS_IN_A_FILE = 50_000  # at least, unless a part has fewer
 INSTALL = "The engine 'ray' needs Ray: pip install 'ptee-exits[ray]'. Or give another: "
@@ -121,16 +124,18 @@ def _make(ray: Any, source: Source, files: Sequence[str], job: Job, folder: Path
             concurrency=(1, workers),
         ).write_parquet(str(folder), min_rows_per_file=ROWS_IN_A_FILE)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as why:
-        raise _told(why, paths) from why
+        raise _told(why, paths, folder) from why
 
 
-def _told(why: BaseException, paths: Sequence[str]) -> DataError:
+def _told(why: BaseException, paths: Sequence[str], folder: Path) -> PteeError:
     """The error of a task, in one line. The first cause says most."""
     cause: BaseException = why
     while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
         cause = inner
     if isinstance(cause, DataError):
         return cause
+    if isinstance(cause, OSError) and cause.errno in FULL:
+        return cannot_write(folder.parent, os.strerror(cause.errno))
     more = f" or one of the {len(paths) - 1} files after it" if len(paths) > 1 else ""
     named = next((path for path in paths if path in str(why)), paths[0] + more)
     return unreadable_file(named, cause)
@@ -174,13 +179,14 @@ def samples_of(source: Source, batch: Mapping[str, Any]) -> list[Sample]:
     names = [Path(str(path)).relative_to(source.place).as_posix() for path in batch["path"]]
     if source.kind == PICTURES:
         pairs = zip(names, batch["bytes"], strict=True)
-        return [Sample(name, content, UNKNOWN_LABEL, class_of(name)) for name, content in pairs]
+        return [Sample(name, content, UNKNOWN_LABEL, class_of(name), True) for name, content in pairs]
     if source.kind == PARQUET:
         image, label, key = columns_of(source.place, list(batch))
         columns = [
             batch[c].tolist() if c else [None] * len(names) for c in (image, label, None if key == "path" else key)
         ]
-        return [of_row(name, *row) for name, *row in zip(names, *columns, strict=True)]
+        rows = zip(names, *columns, strict=True)
+        return [of_row(name, pixels, given, named, source.class_names) for name, pixels, given, named in rows]
     found: list[Sample] = []
     endings = [column for column in batch if column not in ("__key__", "path", "__url__")]
     for n, name in enumerate(names):

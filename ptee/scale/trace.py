@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ptee._common.errors import Argument, PteeError, unknown
+from torch import Tensor
+
+from ptee._common.errors import Argument, DataError, PteeError, some, unknown, warn
 from ptee._common.files import as_path, plain
 from ptee._common.progress import Log, counted
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import answering_hash, weights_hash
-from ptee.data.labels import map_labels, read_names
-from ptee.data.parts import PartsWriter, arrow, parts_writer
-from ptee.data.shards import Source, find_source
+from ptee.data.labels import LabelMap, describe_labels, map_labels, read_names, recorded_classes
+from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
+from ptee.data.pictures import File, Pictures, image_transform
+from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source
+from ptee.data.splits import Data
+from ptee.evaluation.class_order import choose_class_order, labels_as_recorded
 from ptee.model.early_exit import EarlyExitModel
 from ptee.scale import local, ray_engine
-from ptee.scale.worker import Job, open_model
+from ptee.scale.worker import Job, open_model, spelt
 from ptee.tuning.trace_folder import TraceFolder, open_traces
 
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
+LABELS_STAND = {
+    TAR: " In shards a label is the number or the name of a class in KEY.cls, or the folder CLASS/KEY.",
+    PARQUET: f" In tables a label is the number or the name of a class in a column {', '.join(LABELS[:-1])} or {LABELS[-1]}.",
+}
 MAX_UNREADABLE = 0.001  # share of the images
 
 
@@ -41,6 +51,7 @@ def record(
     max_unreadable: float = MAX_UNREADABLE,
     overwrite: bool = False,
     log: Any = None,
+    word: Any = str,
 ) -> TraceFolder:
     """Let every exit of a saved run answer each image of a source, and write the answers into a folder, part by part.
 
@@ -62,6 +73,7 @@ def record(
         max_unreadable: the share of images that may be unreadable. They are named in unreadable.json.
         overwrite: replace traces of another run or source.
         log: gets the messages to the user.
+        word: says how a message calls an argument.
 
     Raises:
         PteeError: if the run, the source, the engine or the folder cannot be used, or too many images are unreadable.
@@ -70,14 +82,27 @@ def record(
     folder, source = as_path(out, "out"), find_source(data)
     job = Job(str(run), "traces", None if weights is None else str(weights), device, batch_size, logits)
     model = open_model(job)
-    job = with_classes(job, model, source, classes)
+    job, labels = with_classes(job, model, source, classes)
+    tell_labels(labels, log, word)
     about = describe(model) | {"logits": "all" if logits is None else logits, "source": source.describe()}
     about |= {"class_order": class_order(job), "threshold": list(model.threshold), "off": list(model.off)}
     with parts_writer(
         folder, "traces", about, len(source.parts()), limit=max_unreadable, overwrite=overwrite
     ) as writer:
         fill(make, source, job, writer, workers=workers, log=log)
-    return open_traces(folder)
+    found = open_traces(folder)
+    if labels is None or not labels.doubt:  # now all images can tell
+        tell_labels(labels_as_recorded(model.origin, *found.backbone_answers(model)), log, word)
+    return found
+
+
+def tell_labels(labels: LabelMap | None, log: Log | None, word: Callable[[Argument], str]) -> None:
+    """Say how labels were found, if anything is to be said. A doubt is a warning where nothing is logged."""
+    words = "" if labels is None else describe_labels(labels, word)
+    if words and log is not None:
+        log(words)
+    elif labels is not None and labels.doubt:
+        warn(words)
 
 
 def engine_of(engine: str, workers: int) -> Any:
@@ -105,8 +130,9 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
     if log is not None and len(missing) < len(names):
         log(f"{len(names) - len(missing)} of {len(names)} parts are there already.")
     if log is not None and missing:
+        rest = f"; not read: {some(source.not_read, len(source.not_read))}" if source.not_read else ""
         log(
-            f"{source.place}: about {source.count():,} images in {len(source.files):,} file{'s' * (len(source.files) != 1)}."
+            f"{source.place}: about {source.count():,} images in {len(source.files):,} file{'s' * (len(source.files) != 1)}{rest}."
         )
     with counted("images") as done:
         if missing:
@@ -118,7 +144,19 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
         )
         log(
             f"{manifest.rows:,} images in {len(manifest.parts)} part{'s' * (len(manifest.parts) != 1)} in {writer.folder}{bad}."
+            f"{_labelled(manifest, source)}"
         )
+
+
+def _labelled(manifest: Manifest, source: Source) -> str:
+    """How many images have labels, in a sentence; and where labels are looked for, if none has one."""
+    if manifest.labelled == manifest.rows:
+        return " All of them have labels."
+    if manifest.labelled:
+        return (
+            f" {manifest.labelled:,} of them have labels, and the others none: give labels to all of them, or to none."
+        )
+    return f" None of them has a label.{LABELS_STAND.get(source.kind, '')}"
 
 
 def describe(model: EarlyExitModel) -> dict[str, Any]:
@@ -133,19 +171,46 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     }
 
 
-def with_classes(job: Job, model: EarlyExitModel, source: Source, classes: str | Path | None) -> Job:
-    """The job, knowing the backbone's number of each class name."""
-    names: Sequence[str] | str | Path | None = classes if classes is not None else _recorded(model)
-    if source.class_names:
-        found = map_labels(source.class_names, model.num_classes, classes=_if_known(source, names))
-        numbers: Mapping[str, int] | None = None
-        if found.indices is not None:
-            numbers = dict(zip(source.class_names, found.indices, strict=True))
-    elif isinstance(names, str | Path):
-        numbers = {name: n for n, name in enumerate(read_names(names))}
+def with_classes(
+    job: Job, model: EarlyExitModel, source: Source, classes: str | Path | None
+) -> tuple[Job, LabelMap | None]:
+    """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes.
+
+    Raises:
+        DataError: if the classes are not those of the run, or a file of classes not the backbone's.
+    """
+    names, found = _recorded(model), source.class_names
+    if not found:
+        names = names if classes is None else read_names(classes)
+        return replace(job, classes={spelt(name): n for n, name in enumerate(names)} or None), None
+    known = None if classes is not None else recorded_classes(found, names, model.num_classes)
+    if source.kind == PICTURES:
+        labels = choose_class_order(model.origin, _as_data(source, model), classes=classes, recorded=known)
+    elif classes is None and known is None:
+        labels = LabelMap(tuple(range(len(found))), "The labels are taken for the backbone's class numbers.")
     else:
-        numbers = {name: n for n, name in enumerate(names)} if names else None
-    return replace(job, classes=numbers)
+        labels = map_labels(found, model.num_classes, classes=known if classes is None else classes)
+    numbers = None if labels.indices is None else dict(zip(map(spelt, found), labels.indices, strict=True))
+    return replace(job, classes=numbers), labels
+
+
+def _as_data(source: Source, model: EarlyExitModel) -> Data:
+    """The pictures of class folders, on some of which the backbone is tried."""
+    view, number = model.origin.input, {name: n for n, name in enumerate(source.class_names)}
+    rows = [(File(str(Path(source.place, file)), file), number[class_of(file)]) for file in source.files]
+    pictures = _Readable(rows, image_transform(view.input_size, view.mean, view.std, view.interpolation))
+    empty: Any = []
+    return Data(empty, empty, pictures, source.class_names, source.place, {"kind": "folder"})
+
+
+class _Readable(Pictures):
+    """In the place of a picture that cannot be decoded stands the next one that can be: it will be left out, and named."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        for place in range(index, index + FEW):
+            with suppress(DataError):
+                return super().__getitem__(place % len(self))
+        return super().__getitem__(index)
 
 
 def class_order(job: Job) -> str:
@@ -154,18 +219,12 @@ def class_order(job: Job) -> str:
     return hashlib.sha256(pairs.encode()).hexdigest()[:16] if pairs else ""
 
 
-def _if_known(source: Source, names: Any) -> Any:
-    """The names, unless they were recorded for other classes than these."""
-    recorded = isinstance(names, list)
-    return None if recorded and not {*source.class_names} <= {*names} else names
-
-
-def _recorded(model: EarlyExitModel) -> list[str] | None:
-    """The names of all classes in the backbone's order, as the run recorded them."""
+def _recorded(model: EarlyExitModel) -> Sequence[str]:
+    """The names of all classes in the backbone's order, as the run recorded them; empty if it did not."""
     data: Any = (model.results or {}).get("data")
     split: Any = data.get("split") if isinstance(data, dict) else None
     names = split.get("classes") if isinstance(split, dict) else None
     usable = (
         isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names)
     )
-    return names if usable else None
+    return names if names and usable else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.devices import resolve_device
-from ptee._common.errors import DataError
+from ptee._common.errors import Argument, DataError
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import arrow
 from ptee.data.pictures import decode_bytes, image_transform
@@ -34,7 +35,7 @@ class Job:
         device: None: a GPU where there is one.
         batch_size: images at once.
         logits: of traces: how many of the largest are kept for each exit; None for all, 0 for none.
-        classes: the backbone's class of each class name; None if names are not known.
+        classes: the backbone's class of each class name, `spelt` alike; None if names are not known.
         threads: that decode pictures: one GPU computes as fast as dozens of them decode.
     """
 
@@ -46,6 +47,11 @@ class Job:
     logits: int | None = None
     classes: Mapping[str, int] | None = None
     threads: int = 1
+
+
+def spelt(name: str) -> str:
+    """The name of a class in one of the ways in which Unicode can write an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def open_model(job: Job) -> EarlyExitModel:
@@ -60,6 +66,7 @@ class Worker:
         self.job, self.model = job, open_model(job) if model is None else model
         view = self.model.origin.input
         self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
+        self._of_folders: dict[bool, str] = {}  # whether it is a class: the name of the first folder
 
     def table(self, samples: Sequence[Sample]) -> Any:
         """A row for each sample: key, label, fault (why it cannot be read; else empty), and the columns of the job's kind."""
@@ -92,9 +99,19 @@ class Worker:
             return torch.zeros(self.model.plan.input_size, device="cpu"), str(why) or "damaged"
 
     def _label(self, sample: Sample) -> int:
-        if sample.label != UNKNOWN_LABEL or not sample.class_name or self.job.classes is None:
+        if sample.label != UNKNOWN_LABEL or not sample.class_name:
             return sample.label
-        return self.job.classes.get(sample.class_name, UNKNOWN_LABEL)
+        number = (self.job.classes or {}).get(spelt(sample.class_name), UNKNOWN_LABEL)
+        unknown = sample.class_name if number == UNKNOWN_LABEL else ""
+        if sample.in_folder:  # folders of no class hold images without labels; but not beside classes
+            self._of_folders.setdefault(bool(unknown), sample.class_name)
+            unknown = self._of_folders[True] if len(self._of_folders) > 1 else ""
+        if unknown:
+            raise DataError(
+                f"{sample.key}: '{unknown}' is no class that the run knows. Use its names, or name the backbone's classes "
+                "in its order in a file (", Argument("classes", "FILE"), ").",
+            )  # fmt: skip
+        return number
 
     def _answers(self, images: Tensor) -> dict[str, Tensor]:
         """(b, width) each, the exit axis first inside the width. Answers are the exits' own, not blended."""

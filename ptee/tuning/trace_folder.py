@@ -86,6 +86,17 @@ class TraceFolder(RecordedTraces):
         """As of `RecordedTraces`."""
         return bool((self.labels != UNKNOWN_LABEL).all())
 
+    def backbone_answers(self, model: EarlyExitModel) -> tuple[Tensor, Tensor]:
+        """The backbone's answers (n,) and the labels (n,), -1 where there is none.
+
+        Raises:
+            DataError: if none of the folders is of this model.
+        """
+        which = self._folder_of(model)
+        wanted: dict[str, tuple[int, Any]] = {"answers": (len(model.exits) + 1, np.int32), "label": (0, np.int32)}
+        found = _columns(self.folders[which], self.manifests[which], wanted)
+        return torch.from_numpy(found["answers"][:, -1].copy()).long(), torch.from_numpy(found["label"]).long()
+
     def _order(self, which: int) -> np.ndarray:
         return np.argsort(self._keys[which], kind="stable")
 

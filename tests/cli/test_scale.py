@@ -12,6 +12,11 @@ from shards import shard
 
 from ptee.scale import trace as scale_trace
 
+AGAIN = (
+    "it may know its classes in another order. Record them again under the right labels: ptee trace RUN --classes FILE names "
+    "the backbone's classes in its order."
+)
+
 
 @pytest.fixture
 def source(elsewhere) -> Path:
@@ -24,7 +29,8 @@ def traced(run, finished, source) -> Path:
     assert done.status == 0, done.err
     assert done.out.splitlines() == [
         f"{source.parent.resolve()}: about 40 images in 1 file.",
-        "40 images in 1 part in traces.",
+        "40 images in 1 part in traces. All of them have labels.",
+        f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
         f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01",
     ]
     return Path("traces")
@@ -40,6 +46,18 @@ def test_thresholds_are_chosen_on_half_of_the_traces_and_measured_on_the_others(
     found = json.loads(run("evaluate", finished, "--traces", traced, "--json").out)
     assert found["samples"] == 20
     assert found["rows"] == json.loads(done.out)["rows"]
+
+
+def test_near_chance_a_target_of_accuracy_is_refused_for_traces_as_for_images(run, finished, traced):
+    before = Path(finished, "config.json").read_bytes()
+    words = ("tune", finished, "--traces", traced, "--max-drop", 0.01)
+    assert_refused(
+        run(*words), r"--max-drop 0\.01 needs labels under which the backbone is right.*Or give --max-fidelity-drop"
+    )
+    assert Path(finished, "config.json").read_bytes() == before
+    for command in ("evaluate", "compare"):
+        more = ("--lines", "own", "--drops", 0.5) if command == "compare" else ()
+        assert AGAIN in run(command, finished, "--traces", traced, *more).out
 
 
 def test_runs_are_compared_by_a_folder_of_each(run, finished, traced):
@@ -109,7 +127,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
     assert done.out.splitlines() == [
         "What the heads read of about 40 images takes about 1 MiB.",
         f"{source.parent.resolve()}: about 40 images in 1 file.",
-        "40 images in 1 part in cache.",
+        "40 images in 1 part in cache. All of them have labels.",
     ]
     assert_refused(
         run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"

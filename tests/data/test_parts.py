@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ptee._common.errors import DataError, PteeError
+from ptee._common.errors import DataError, PteeError, RunError
 from ptee.data.parts import parts_writer, read_manifest, read_whole, row_groups, write_tables
 
 ABOUT = {"heads": "a", "source": {"kind": "tar", "bytes": 4}}
@@ -20,6 +20,7 @@ ABOUT = {"heads": "a", "source": {"kind": "tar", "bytes": 4}}
 def table(keys: str, damaged: str = "") -> pa.Table:
     return pa.table(
         {"key": list(keys), "fault": ["damaged" if key in damaged else "" for key in keys], "x": [1] * len(keys)}
+        | {"label": [-1 if key == "a" else 0 for key in keys]}
     )
 
 
@@ -50,7 +51,7 @@ def keys(folder: Path) -> str:
 
 def test_what_is_written_is_read_without_images_that_cannot_be_read(whole):
     manifest = read_whole(whole, "traces")
-    assert (manifest.rows, manifest.unreadable, keys(whole)) == (5, 1, "abcdf")
+    assert (manifest.rows, manifest.labelled, manifest.unreadable, keys(whole)) == (5, 4, 1, "abcdf")
     assert json.loads((whole / "unreadable.json").read_text()) == {"images": [{"key": "e", "fault": "damaged"}]}
     assert sorted(path.name for path in whole.iterdir()) == ["manifest.json", "part-0", "part-1", "unreadable.json"]
 
@@ -78,6 +79,23 @@ def test_a_part_that_the_manifest_does_not_name_is_made_again(tmp_path):
         (tmp_path / "out" / "part-0" / "old.parquet").write_bytes(b"half")
         add(writer, "part-0", table("ab"))
     assert keys(tmp_path / "out") == "ab"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(errno.ENOSPC, r"No space left on device\. Make room"), (errno.EFBIG, r"File too large\. Choose")],
+)
+def test_a_full_disk_is_named_and_the_part_is_not_there(code, said, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(code, "Error writing bytes to file. Detail: [errno 28]")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+    with (
+        pytest.raises(RunError, match=rf"^Cannot write {tmp_path}/out/part-0: {said}"),
+        begun(tmp_path / "out") as writer,
+    ):
+        add(writer, "part-0", table("ab"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_two_writers_into_one_folder_are_refused(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -43,13 +45,25 @@ def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path):
 
 def test_a_shard_without_labels_gives_the_folder_as_the_name_of_the_class(tmp_path):
     tar(tmp_path / "a.tar", {"cat/1.png": b"one", "2.png": b"two", "note.txt": b"no picture"})
-    assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat"), Sample("a.tar/2", b"two", -1, "")]
+    assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat", True), Sample("a.tar/2", b"two", -1, "")]
 
 
-@pytest.mark.parametrize("label", [b"-1", b"seven", b"1e3", b"9" * 30, b"\xff"])
-def test_a_label_that_is_no_number_counts_as_none(label, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "label", "name"),
+    [(b" 7 ", 7, ""), (b"tabby cat\n", -1, "tabby cat"), (b"", -1, ""), (b"-1", -1, "")],
+)
+def test_a_label_in_a_shard_is_a_number_or_a_name_or_none(text, label, name, tmp_path):
+    tar(tmp_path / "a.tar", {"dog/1.png": b"one", "dog/1.cls": text})
+    (found,) = read(tmp_path)
+    assert (found.label, found.class_name) == (label, name or ("dog" if label < 0 else ""))
+    assert found.in_folder is (found.class_name == "dog")
+
+
+@pytest.mark.parametrize("label", [b"9" * 30, b"\xff"])
+def test_a_label_that_cannot_be_read_is_refused_with_the_name_of_its_picture(label, tmp_path):
     tar(tmp_path / "a.tar", {"1.png": b"one", "1.cls": label})
-    assert read(tmp_path)[0].label == -1
+    with pytest.raises(DataError, match=r"a\.tar/1 has the label '?.*the number or the name of its class"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("image", [b"one", {"bytes": b"one", "path": "x.png"}], ids=["bytes", "as Hugging Face has it"])
@@ -60,17 +74,88 @@ def test_a_table_gives_each_picture_with_its_label(image, tmp_path):
     assert found.key == ("a.parquet/x.png" if isinstance(image, dict) else "a.parquet/7a6c86f1")
 
 
-@pytest.mark.parametrize("label", [2**40, 2**31, -1, None])
-def test_a_number_that_cannot_be_a_class_counts_as_none(label):
-    assert of_row("a.parquet", b"one", label, "x").label == -1
+@pytest.mark.parametrize("label", [2**40, 2**31, -2, 1.5, True, [1]])
+def test_a_value_in_a_table_that_cannot_be_a_class_is_refused(label):
+    with pytest.raises(DataError, match=r"a\.parquet/x has the label"):
+        of_row("a.parquet", b"one", label, "x")
+
+
+@pytest.mark.parametrize(
+    ("column", "found"),
+    [
+        ([3.0, 0.0, None], [(3, ""), (0, ""), (-1, "")]),
+        ([3, -1], [(3, ""), (-1, "")]),
+        (["cat", "4"], [(-1, "cat"), (4, "")]),
+        (pa.array(["cat", "dog"]).dictionary_encode(), [(-1, "cat"), (-1, "dog")]),
+    ],
+    ids=["whole numbers as floats", "-1 for none", "names", "a dictionary of names"],
+)
+def test_labels_of_a_table_are_numbers_or_names(column, found, tmp_path):
+    pa.parquet.write_table(pa.table({"image": [b"one"] * len(column), "label": column}), tmp_path / "a.parquet")
+    assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == found
+
+
+def test_numbers_that_hugging_faces_schema_names_are_given_as_names(tmp_path):
+    feature = {"info": {"features": {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
+    for label in (1, 2):
+        table = pa.table({"image": [b"one"], "label": [label]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+        pa.parquet.write_table(table, tmp_path / "a.parquet")
+        assert find_source(tmp_path).class_names == ("dog", "cat")
+        if label == 1:
+            assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == [(-1, "cat")]
+    with pytest.raises(DataError, match="has the label 2, and its table names 2 classes"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["pipe", "link"])
+def test_what_is_named_like_a_picture_and_is_no_file_is_refused_by_name(what, tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"one")
+    path = tmp_path / "cat" / "2.png"
+    os.mkfifo(path) if what == "pipe" else path.symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"cat/2\.png (is not a regular file|cannot be read \(No such file)"):
+        find_source(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "shards"])
+def test_linked_folders_are_read(kind, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "far" / name).mkdir(parents=True)
+        if kind == "pictures":
+            (tmp_path / "far" / name / "1.png").write_bytes(b"one")
+        else:
+            shard(tmp_path / "far" / name / "1.tar", range(2))
+    (tmp_path / "here").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "here" / name).symlink_to(tmp_path / "far" / name)
+    assert len(find_source(tmp_path / "here").files) == 2
 
 
 def test_folders_give_each_picture_with_the_name_of_its_class(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(b"one")
     (tmp_path / ".hidden.png").write_bytes(b"no")
-    assert read(tmp_path) == [Sample("cat/1.png", b"one", -1, "cat")]
+    assert read(tmp_path) == [Sample("cat/1.png", b"one", -1, "cat", True)]
     assert find_source(tmp_path).class_names == ("cat",)
+
+
+def test_the_class_of_a_picture_is_the_folder_at_the_top_also_where_others_lie_in_it(tmp_path):
+    for name in ("cat/old/1.png", "dog/new/2.png", "dog/3.gif", "4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"one")
+    assert [sample.class_name for sample in read(tmp_path)] == ["cat", "dog"]
+    assert find_source(tmp_path).not_read == ("1 .gif file", "1 picture outside of class folders")
+
+
+def test_pictures_of_one_part_have_the_classes_in_it_and_two_parts_are_refused(tmp_path):
+    for part in ("val", "test", "calibration"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "1.png").write_bytes(b"one")
+        if part != "calibration":
+            assert find_source(tmp_path).class_names == ("cat",)
+    with pytest.raises(DataError, match=r"holds calibration, val\. Give one of them.*calibration"):
+        find_source(tmp_path)
 
 
 def test_parts_are_the_same_each_time_and_hold_every_file_once(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import linecache
 
@@ -14,7 +15,7 @@ from small import K, made
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, RunError
 from ptee.deploy.refusal import at
 from ptee.deploy.segments import segments
 
@@ -130,3 +131,12 @@ def test_a_number_type_that_onnx_runtime_cannot_run_is_named_without_the_place_o
         ptee.export(made().double(), tmp_path / "out", format="onnx")
     assert "/" not in str(why.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_no_reason_for_another_format(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ptee.deploy.export._save", full)
+    with pytest.raises(RunError, match=r"Cannot write .*piece_0\.pt2: No space left on device\. Make room"):
+        ptee.export(made(), tmp_path / "out")

@@ -8,25 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from images import opened, write_folder
-from torch import Tensor, nn
+from images import Oracle, opened, write_folder
+from torch import nn
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.labels import class_orders, relabelled
 from ptee.data.splits import Data
 from ptee.evaluation.class_order import choose_class_order, labels_as_given
-
-
-class Oracle(nn.Module):
-    """Knows the class from the grey level: images of class i of `order` have the level i."""
-
-    def __init__(self, level_to_class: list[int]) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.eye(len(level_to_class))[level_to_class])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.table[(x[:, 0, 0, 0] * 255).round().long()]
-
 
 NAMES = [f"class{i}" for i in range(1, 13)]
 

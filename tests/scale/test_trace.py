@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from extras import needs_ray
+from images import Oracle, write_folder
 from shards import shard
 from torch.utils.data import Subset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
 from ptee.data.batches import batches
+from ptee.data.labels import class_orders
 from ptee.data.pictures import decode_bytes, image_transform
-from ptee.data.shards import find_source, samples
+from ptee.data.shards import Sample, Source, find_source, samples
 from ptee.scale import ray_engine
-from ptee.scale.trace import ENGINES
+from ptee.scale.trace import ENGINES, with_classes
+from ptee.scale.worker import Job, Worker
 from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.traces import Traces, record
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*The backbone is right on")  # the images are noise
 
 
 def traces_of(run: Path, folder: TraceFolder, **how: bool) -> Traces:
@@ -218,6 +226,77 @@ def test_folders_of_classes_get_the_numbers_that_a_file_gives_them(a_run, tmp_pa
     (tmp_path / "classes.txt").write_text("\n".join(["dog", "cat", *(f"class{k}" for k in range(8))]))
     found = ptee.record(a_run, tmp_path / "data", tmp_path / "out", classes=tmp_path / "classes.txt")
     assert sorted(found.labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_class_folders_get_the_numbers_under_which_the_backbone_is_right(library, tmp_path):
+    names = [f"class{k}" for k in range(1, 13)]
+    for k in range(3):
+        write_folder(tmp_path, [f"{name}/{k}.png" for name in names])
+    (tmp_path / "class1" / "0.png").write_bytes(b"damaged")
+    order = class_orders(names)[library]
+    model = knowing([order.index(name) for name in names])
+    job, labels = with_classes(Job("run"), model, find_source(tmp_path), None)
+    assert job.classes == {name: n for n, name in enumerate(order)}
+    assert labels.reason.startswith(f"The 12 classes are taken in {library}'s order")
+    reverse = tmp_path / "classes.txt"
+    reverse.write_text("\n".join(reversed(order)))
+    _, labels = with_classes(Job("run"), model, find_source(tmp_path), reverse)
+    assert "by chance" in labels.doubt
+
+
+def test_a_class_folder_that_the_run_does_not_know_is_refused_and_not_numbered(tmp_path):
+    write_folder(tmp_path, ["bird/1.png", "car/1.png", "dog/1.png"])
+    model = knowing([0, 1, 2], ["automobile", "bird", "dog"])
+    with pytest.raises(DataError, match=r"that the run does not know: car\..*do not have: automobile.*classes=FILE"):
+        with_classes(Job("run"), model, find_source(tmp_path), None)
+
+
+def test_names_in_shards_get_the_numbers_of_the_run_and_other_names_are_refused(a_run):
+    names = {"cat": 3, "caf\u00e9": 5}
+    worker = Worker(Job("run", classes=names), ptee.load(a_run))
+
+    def labels(*rows: tuple[str, bool]) -> list[int]:
+        return worker.table([Sample("a", b"", -1, *row) for row in rows])["label"].to_pylist()
+
+    assert labels(("cafe\u0301", False), ("images", True), ("", False)) == [5, -1, -1]
+    with pytest.raises(DataError, match="a: 'kitten' is no class that the run knows"):
+        labels(("kitten", False))
+    with pytest.raises(DataError, match=r"'images' is no class that the run knows.*classes=FILE"):
+        labels(("cat", True))  # a folder that is a class, beside one that is none
+    worker = Worker(Job("run"), worker.model)  # of a run that knows no names
+    assert labels(("images", True)) == [-1]
+    with pytest.raises(DataError, match="'cat' is no class that the run knows"):
+        labels(("cat", False))
+
+
+@pytest.mark.parametrize("recorded", [["cat", "dog", "cow"], ["a", "b", "c"]], ids=["the same names", "other names"])
+def test_numbers_with_names_become_those_of_the_run_unless_it_has_other_names(recorded):
+    source = Source("", "parquet", (), (), ("dog", "cow", "cat"))
+    job, labels = with_classes(Job("run"), knowing([0, 1, 2], recorded), source, None)
+    ours = recorded if "cat" in recorded else source.class_names
+    assert job.classes == {name: ours.index(name) for name in ("dog", "cow", "cat")}
+    assert labels.reason
+
+
+def test_it_is_said_how_many_images_have_labels(a_run, tmp_path):
+    said: list[str] = []
+    for labelled in (2, 1, 0):
+        shard(tmp_path / "a.tar", range(2), labelled=labelled)
+        ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", overwrite=True, log=said.append)
+    all_of_them, one, none = (words.partition(". ")[2] for words in said if " 1 part in" in words)
+    assert all_of_them == "All of them have labels."
+    assert one.startswith("1 of them have labels, and the others none")
+    assert none.startswith("None of them has a label. In shards a label is the number or the name")
+
+
+def knowing(level_to_class: list[int], recorded: Sequence[str] = ()) -> Any:
+    """A model that knows the class of a picture by its grey level, and what its run recorded."""
+    module = Oracle(level_to_class)
+    view = SimpleNamespace(input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), interpolation="nearest")
+    backbone = SimpleNamespace(module=module, num_classes=len(level_to_class), input=view)
+    results = {"data": {"split": {"classes": list(recorded)}}}
+    return SimpleNamespace(origin=backbone, num_classes=backbone.num_classes, results=results)
 
 
 def test_an_unknown_engine_and_no_workers_are_refused(a_run, shards, tmp_path):
