@@ -97,7 +97,9 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     parts = {part: read(path, part) for part, path in found.items()}
     if "train" in parts and not report_only:
         _refuse_empty_classes(parts["train"], found["train"])
-    not_read += [words for part, own in parts.items() for words in _left_out(own, part)]
+    not_read += [
+        words for part, own in parts.items() for words in _left_out(own, part if found[part] != folder else "")
+    ]
     return _number_classes(kind, parts, found, removed, tuple(not_read))
 
 
@@ -256,12 +258,13 @@ def _numbers(kinds: Mapping[str, int]) -> str:
 
 
 def _left_out(found: _Part, part: str) -> list[str]:
-    """What is not read of a part, in words."""
+    """What is not read of a part, in words. `part` is empty if the source has no parts."""
     pictures: Counter[str] = Counter()
     for name in found.classes:
         pictures.update({kind: n for kind, n in found.others[name].items() if kind in NO_PICTURES})
     kinds = [f"{n:,} {kind} file{'s' * (n > 1)}" for kind, n in sorted(pictures.items())]
-    return [f"{words} of {part}" for words in [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]]
+    of = f" of {part}" if part else ""
+    return [f"{words}{of}" for words in [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]]
 
 
 # ------------------------------------------------------------------------------------------------ read

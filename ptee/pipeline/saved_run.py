@@ -220,7 +220,8 @@ def compare_runs(
         how["times"] = _times(runs, how.get("static") or {}, resolve_device(how["device"]), at_batch, executor)
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
-    about = f"{first.unseen.data.source}. {parts.words}"
+    data = first.unseen.data
+    about = f"{data.source}{data.unread}. {parts.words}"
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
 
