@@ -52,7 +52,7 @@ def evaluate(run: str, **o: Any) -> None:
             raise PteeError(Argument("weights"), f" is about a run, and {run} is an exported model. Leave it out.")
         how = {key: value for key, value in how_of(o).items() if key != "speed"}
         places = {key: o[key] for key in ("threshold", "data", "data_root", "classes")}
-        answered = evaluate_exported(run, **places, **how)
+        answered = evaluate_exported(run, **places, **how, word=as_option)
         click.echo(f"{answered.about}\n", err=o["as_json"])
         show(answered, o)
         return

@@ -222,11 +222,11 @@ def read_names(file: str | Path) -> tuple[str, ...]:
 
 
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
-    """The classes that a run recorded, if the data have some of them; None if the data call theirs otherwise.
+    """The classes that a run or an exported model recorded, if the data have some of them; None if the data call theirs otherwise.
 
     Args:
         found: names in the data.
-        recorded: names in the run, in the backbone's order.
+        recorded: their names, in the backbone's order.
 
     Raises:
         DataError: if the data have some of the names and others beside them: numbered anew, all labels could be others.
@@ -237,9 +237,9 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
         return None
     if strange:
         absent = sorted(known - {_nfc(name) for name in found})
-        lost = f" Classes of the run that the data do not have: {some(absent)}." if absent else ""
+        lost = f" Classes of the model that the data do not have: {some(absent)}." if absent else ""
         raise DataError(
-            f"Classes of the data that the run does not know: {some(strange)}.{lost} "
+            f"Classes of the data that the model does not know: {some(strange)}.{lost} "
             "Give the folders the names that they had, or name the backbone's classes in a file (",
             Argument("classes", "FILE"), ").",
         )  # fmt: skip

@@ -59,7 +59,7 @@ def open_images(
         root: the folder of a data set of torchvision.
         named: the source is a name, even if there is a folder of that name.
         classes: a file that names the backbone's classes in its order.
-        trained: these names as a run recorded them; used if the data have some of them, and refused if they have others beside.
+        trained: these names as a run or an exported model recorded them; used if the data have some of them, and refused if they have others beside.
         check: see whether the backbone is right under these labels.
         device: for this check.
         report_only: images to report on are enough.

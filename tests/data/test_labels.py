@@ -100,7 +100,7 @@ def test_a_file_may_write_accents_in_another_way(tmp_path):
 
 def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
     run = ["bird", "cat", "dog"]
-    with pytest.raises(DataError, match=r"run does not know: kitten\. .* do not have: cat\. .*classes=FILE"):
+    with pytest.raises(DataError, match=r"model does not know: kitten\. .* do not have: cat\. .*classes=FILE"):
         recorded_classes(["bird", "dog", "kitten"], run, 3)
     assert recorded_classes(["cat", "dog"], run, 3) == run
     assert recorded_classes(["0", "1", "2"], run, 3) is None  # other names altogether
