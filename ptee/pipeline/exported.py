@@ -16,6 +16,7 @@ from ptee._common.text import number_of, table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
+from ptee.data.pictures import all_broken_named
 from ptee.data.splits import images_to_report_on
 from ptee.deploy.manifest import PIXELS_NOT_KNOWN
 from ptee.deploy.runner import Runner, load_exported
@@ -139,7 +140,8 @@ def evaluate_exported(
         runner.threshold = threshold if len(threshold) > 1 else threshold[0]
     images, words, labels = images_for(runner, folder, data, data_root, classes)
     loader = batches(images, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
+    with all_broken_named([images]):
+        parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
     return _results(runner, parts, f"{words} {describe_labels(labels, word)} {NOT_KNOWN}")
 
 
@@ -151,9 +153,7 @@ def images_for(
     view = InputConfig(m.input_size, m.mean, m.std, m.interpolation)
     backbone = Backbone(_AsModule(runner), m.backbone, m.classes, view)
     how: dict[str, Any] = {"check": True, "device": "cpu", "report_only": True}
-    found, labels = open_images(
-        data, backbone, seed=0, root=data_root, classes=classes, trained=m.class_names, **how
-    )
+    found, labels = open_images(data, backbone, seed=0, root=data_root, classes=classes, trained=m.class_names, **how)
     images, words = images_to_report_on(found, {}, folder)
     return images, words if m.pixels_known else f"{words} {PIXELS_NOT_KNOWN}", labels
 

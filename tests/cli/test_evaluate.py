@@ -112,6 +112,28 @@ def test_what_lies_beside_the_class_folders_and_is_not_read_is_named(command, ru
     assert done.status == 0 and said in done.out + done.err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate",),
+        ("evaluate", "--workers", "1"),
+        ("tune", "--max-fidelity-drop", "0.9"),
+        ("compare",),
+        ("report", "--out", "r.html"),
+    ],
+    ids=" ".join,
+)
+def test_all_pictures_that_cannot_be_read_are_named_at_once(command, run, finished):
+    pictures(Path("others"), TEN, 30)
+    broken = [Path("others", *name) for name in (("class1", "4.png"), ("class3", "7.png"), ("class8", "2.png"))]
+    for file in broken:
+        file.write_bytes(b"no picture")
+    done = run(command[0], finished, *command[1:], "--data", "others")
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith("3 of 300 pictures cannot be read. Replace or remove them")
+    assert all(f"'{file}'" in done.err for file in broken)
+
+
 def test_the_data_are_found_from_another_folder(run, known, things, monkeypatch, elsewhere):
     monkeypatch.chdir(things)
     assert run("augment", *known[:-1], "ten", *SHORT, "--out", elsewhere / "out").status == 0

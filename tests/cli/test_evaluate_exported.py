@@ -38,6 +38,13 @@ def test_a_class_that_was_renamed_does_not_shift_the_others(exported, run):
     )
 
 
+def test_all_pictures_that_cannot_be_read_are_named_at_once(exported, run):
+    images = pictures(Path("images"), NAMES, 3)
+    for name in NAMES[1:3]:
+        (images / name / "1.png").write_bytes(b"no picture")
+    assert_refused(run("evaluate", exported, "--data", images), "2 of 12 pictures cannot be read.*cat/1.png.*dog/1.png")
+
+
 def test_what_to_do_about_labels_is_said_as_it_is_typed(exported, run):
     done = run("evaluate", exported, "--data", pictures(Path("images"), ["a", "b"], 2))
     assert done.status == 0
