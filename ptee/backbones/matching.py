@@ -338,9 +338,10 @@ def _other_shapes(checkpoint: Checkpoint, found: _Candidate, own: State) -> Back
         )
     if same_shape := [key for key in wrong if have[key].shape == own[key].shape]:
         key = same_shape[0]
+        why = "" if have[key].is_complex() else ": it is quantised"
         return refusal(
             checkpoint.file,
-            f"holds {have[key].dtype} in {shown(same_shape, 3)}, where the model has {own[key].dtype}: it is quantised. "
+            f"holds {have[key].dtype} in {shown(same_shape, 3)}, where the model has {own[key].dtype}{why}. "
             "Save the network's weights as floating-point numbers. ",
             *CHECK,
         )

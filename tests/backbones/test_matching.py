@@ -266,6 +266,10 @@ def test_the_backbone_keeps_the_note_if_there_was_a_choice(tmp_path):
         (lambda s: {k: v for k, v in s.items() if k != "bn.weight"}, r"lacks bn\.weight"),
         (lambda s: {**s, "conv.weight": torch.ones(8, 1, 3, 3)}, r"conv\.weight \(8, 1, 3, 3\), not \(8, 3, 3, 3\)"),
         (lambda s: {k: torch.ones(7, 7) for k in s}, r"conv\.weight \(7, 7\), not .* and 4 more"),
+        (
+            lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.complex64)},
+            r"holds torch\.complex64 in fc\.weight, where the model has torch\.float32\. Save",
+        ),
         (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)}, "holds torch.int8 in fc.weight.*quantised"),
         (
             lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.float8_e4m3fn)},
