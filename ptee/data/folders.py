@@ -88,7 +88,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
         found = {part: _inner(path, part) for part, path in found.items()}
     else:
         _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
-        _refuse_data_sets(folder)
+        _refuse_data_sets(folder, report_only)
         _refuse_parts_of_classes(folder)
         _refuse_same_subfolders(folder)
         found, not_read = {"train": folder}, []
@@ -142,13 +142,14 @@ def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts:
     raise DataError(f"'{folder}' holds {holds}{why}: it should hold {LAYOUTS}.")
 
 
-def _refuse_data_sets(folder: Path) -> None:
-    """Folders that are whole data sets would be taken for classes."""
-    whole = []
-    for path in map(_unwrapped, subfolders(folder)):
+def _refuse_data_sets(folder: Path, report_only: bool) -> None:
+    """Folders that are whole data sets would be taken for classes. `report_only`: validation images alone will do."""
+    whole, tops = [], subfolders(folder)
+    for path in map(_unwrapped, tops):
         inside = {each: part_of(each.stem) for each in visible(path)}
         parts = _best({each: part for each, part in inside.items() if part and _is_part(each)})
-        if {"train"} < parts.keys():
+        alone = len(tops) == 1 and ("train" in parts or (report_only and "validation" in parts))
+        if alone or {"train"} < parts.keys():
             whole.append(f"'{path}' ({', '.join(part.name for part in parts.values())})")
     if whole:
         raise DataError(
@@ -157,9 +158,9 @@ def _refuse_data_sets(folder: Path) -> None:
 
 
 def _unwrapped(folder: Path, deepest: int = 5) -> Path:
-    """The folder, or the one that it holds if it holds nothing else: an archive is often unpacked into a folder of its name."""
+    """The folder, or the one that it holds if it holds nothing else, but no part: an archive is often unpacked into a folder of its name."""
     inside = visible(folder)
-    if deepest and len(inside) == 1 and subfolders(folder):
+    if deepest and len(inside) == 1 and subfolders(folder) and not part_of(inside[0].name):
         return _unwrapped(inside[0], deepest - 1)
     return folder
 

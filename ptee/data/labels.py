@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Advice, Argument, DataError, some
-from ptee._common.files import as_path
+from ptee._common.files import as_path, from_json
 from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.splits import PARTS, Data
@@ -213,9 +213,19 @@ def read_names(file: str | Path) -> tuple[str, ...]:
         raise DataError(
             f"The class names in '{file}' cannot be read ({reason}): give a text file, one name a line."
         ) from why
+    if _is_json("\n".join(lines)):
+        raise DataError(f"'{file}' is JSON: give a text file with one class name a line, in the backbone's order.")
     if not lines or not all(map(str.strip, lines)):
         raise DataError(f"'{file}' holds {'an empty line' if lines else 'no class names'}: give one class name a line.")
     return tuple(map(str.strip, lines))
+
+
+def _is_json(text: str) -> bool:
+    """Whether this is a list or an object of JSON."""
+    try:
+        return isinstance(from_json(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ names in a run, labels on images
