@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
 from ptee._common.files import from_json, require_not_compressed
+from ptee._common.listing import packed_by
 from ptee._common.process import alone
 from ptee.backbones.record import require_weights
 
@@ -41,6 +43,7 @@ COMMON = (
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 )
+NUMPY = b"\x93NUMPY"  # begins a file of one array
 OLDEST = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # begins what torch.save wrote before it wrote zip files
 
 
@@ -99,6 +102,7 @@ def read_checkpoint(file: str | Path) -> Checkpoint:
 
 def _read(path: Path) -> Any:
     _require_fetched(path)
+    _require_unpacked(path)
     is_zip, named = zipfile.is_zipfile(path), path.suffix.lower() == ".safetensors"
     _require_suffix(path, named, is_zip)
     if named:
@@ -156,6 +160,27 @@ def _require_fetched(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
             raise refusal(path, "is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull.")
+
+
+def _require_unpacked(path: Path) -> None:
+    """Refuse an archive of a file of weights, and arrays of numpy."""
+    with path.open("rb") as file:
+        start = file.read(len(NUMPY))
+    if packed := packed_by(path):
+        raise refusal(path, f"is compressed ({packed}). Unpack it: {packed} -dc {path.name} > FILE.pth.")
+    if tarfile.is_tarfile(path):
+        raise refusal(path, "is a tar archive. Unpack it, and give the file of weights that is in it.")
+    parts = []
+    if start != NUMPY and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.namelist()
+        if any(part.endswith((".pkl", "/version")) for part in parts):  # torch's own
+            return
+    if start == NUMPY or (parts and all(part.endswith(".npy") for part in parts)):
+        raise refusal(path, "holds arrays of numpy. Save them as tensors (torch.from_numpy), by name, with torch.save.")
+    if parts:
+        text = f"is a zip archive of {shown(parts, 3)}, not written by torch.save. Unpack it, and give the file of weights in it."
+        raise refusal(path, text)
 
 
 def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:

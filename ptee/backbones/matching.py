@@ -36,6 +36,13 @@ LEFTOVER = re.compile(
     r"(^|\.)teacher\.|" + COUNTERS.pattern,
     re.IGNORECASE,
 )
+# Names in files that timm and torchvision published, and those that their networks have now.
+EARLIER = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\."), r"\1\2."),  # DenseNet
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),  # torchvision's ViT
+    (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
+    (re.compile(r"^(pos_embed|cls_token)\.(\d)$"), r"\1_\2"),  # CrossViT
+)
 CONVERTERS = ("checkpoint_filter_fn", "_filter_fn")  # timm's names for functions that rename old tensors
 
 State = Mapping[str, Tensor]
@@ -99,8 +106,7 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
     convert, found = _converter(module), []
     for place, state in checkpoint.places.items():
         here = list(_candidates(place, state, own))
-        if convert is not None:
-            here = [_converted(c, own, convert) if c.missing else c for c in here]
+        here = [_converted(c, own, convert) if c.missing else c for c in here]
         for c in here:
             c.misshapen = [key for key, value in c.tensors.items() if not _same_kind(value, own[key])]
             _discount_copies(c, here)
@@ -201,20 +207,28 @@ def _rename_last_layer(found: _Candidate, own: State) -> None:
     found.missing, found.unknown = [], []
 
 
-def _converter(module: nn.Module) -> Convert | None:
-    """timm's own function that gives tensors of original or earlier releases of this family of models their new names."""
+def _converter(module: nn.Module) -> Convert:
+    """Gives tensors of original or earlier releases their new names: by `EARLIER`, and by timm's own function for this family."""
     home = sys.modules.get(type(module).__module__)
     if home is None or not home.__name__.startswith(("timm.", "ptee.")):
-        return None
+        return _renamed
     rename = next((getattr(home, name) for name in CONVERTERS if hasattr(home, name)), None)
     if rename is None:
-        return None
+        return _renamed
     takes_module = len(inspect.signature(rename).parameters) > 1  # some take the tensors alone
-    return lambda state: rename(dict(state), module) if takes_module else rename(dict(state))
+    return lambda state: rename(_renamed(state), module) if takes_module else rename(_renamed(state))
+
+
+def _renamed(state: State) -> dict[str, Tensor]:
+    """The tensors under the names that `EARLIER` knows."""
+    names = {name: name for name in state}
+    for earlier, now in EARLIER:
+        names = {name: earlier.sub(now, other) for name, other in names.items()}
+    return {names[name]: value for name, value in state.items()}
 
 
 def _converted(found: _Candidate, own: State, convert: Convert) -> _Candidate:
-    """The candidate under timm's new names, or the candidate itself if these do not fit."""
+    """The candidate under its new names, or the candidate itself if these do not fit."""
     prefix = found.prefix
     inside = {name[len(prefix) :]: value for name, value in found.state.items() if name.startswith(prefix)}
     try:
@@ -324,9 +338,10 @@ def _other_shapes(checkpoint: Checkpoint, found: _Candidate, own: State) -> Back
         )
     if same_shape := [key for key in wrong if have[key].shape == own[key].shape]:
         key = same_shape[0]
+        why = "" if have[key].is_complex() else ": it is quantised"
         return refusal(
             checkpoint.file,
-            f"holds {have[key].dtype} in {shown(same_shape, 3)}, where the model has {own[key].dtype}: it is quantised. "
+            f"holds {have[key].dtype} in {shown(same_shape, 3)}, where the model has {own[key].dtype}{why}. "
             "Save the network's weights as floating-point numbers. ",
             *CHECK,
         )

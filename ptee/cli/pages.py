@@ -115,7 +115,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     else:
         how = comparison_of(o, by)
         opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
-        with next(iter(opened.values())).threads():
+        with next(iter(opened.values())).at_work():
             said, _ = reported(opened, folders, log=click.echo, pictures=o["images"], **how)
     parts = write_page(said, o["out"])
     if o["figures"] is not None:
@@ -162,7 +162,7 @@ def plot(run: str, kind: str, **o: Any) -> None:
 
         how = comparison_of(o, by)
         opened = open_run(run, **where_of(o))
-        with opened.threads():
+        with opened.at_work():
             how = how if kind == "curve" else {key: how[key] for key in ("batch_size", "num_workers", "device")}
             figure, title = run_figure(opened, run, kind, log=partial(click.echo, err=True), **how)
     write_figure(figure, o["out"], title)

@@ -52,7 +52,7 @@ def evaluate(run: str, **o: Any) -> None:
             raise PteeError(Argument("weights"), f" is about a run, and {run} is an exported model. Leave it out.")
         how = {key: value for key, value in how_of(o).items() if key != "speed"}
         places = {key: o[key] for key in ("threshold", "data", "data_root", "classes")}
-        answered = evaluate_exported(run, **places, **how)
+        answered = evaluate_exported(run, **places, **how, word=as_option)
         click.echo(f"{answered.about}\n", err=o["as_json"])
         show(answered, o)
         return
@@ -64,7 +64,7 @@ def evaluate(run: str, **o: Any) -> None:
         which = "All exits are" if len(off) == len(opened.model.exits) else names
         text = f"{which} off in {run}: --threshold changes nothing there. To choose anew, also which exits are on: ptee tune {run}"
         click.echo(text, err=True)
-    with opened.threads():
+    with opened.at_work():
         found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **how_of(o))
     show(found, o)
 
@@ -95,7 +95,7 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     before = opened.decided
     now = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
     log(f"Thresholds until now: {', '.join(now)}.")
-    with opened.threads():
+    with opened.at_work():
         results = tune_run(opened, recipe, log=log, explain=o["explain"], keep=not dry_run, **how_of(o))
     kept = f"{run} is as it was: --dry-run keeps nothing." if dry_run else f"The thresholds are kept in {run}."
     if opened.decided == before:
@@ -136,7 +136,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     how = comparison_of(o, by)
     opened = opened_runs(folders, o)
     log = partial(click.echo, err=o["as_json"])
-    with next(iter(opened.values())).threads():
+    with next(iter(opened.values())).at_work():
         if o["page"] is None:
             found = compare_runs(opened, log=log, **how)
         else:

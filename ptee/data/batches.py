@@ -208,7 +208,7 @@ def labels_of_other_classes(labels: Tensor, classes: int) -> str:
         each = [f"{value} ({n:,} of {len(labels):,} images)" for value, n in zip(values.tolist(), counts, strict=True)]
         raise DataError(
             f"There are labels that are no classes of the backbone, which are 0 to {classes - 1}: {some(each)}. Correct them, or "
-            "leave these images out. If they mean that an image has no label, leave out all labels: give (image,)."
+            "leave these images out. If they mean that an image has no label, leave out all labels."
         )
     return odd_labels(labels, classes)
 

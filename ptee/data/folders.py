@@ -58,9 +58,8 @@ class _Part:
     """What lies in one part."""
 
     files: dict[str, list[File]] = field(default_factory=dict)  # by class; classes without pictures included
-    others: defaultdict[str, Counter[str]] = field(
-        default_factory=lambda: defaultdict(Counter)
-    )  # by class: kind, number
+    # by class: kind, number
+    others: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     loose: list[str] = field(default_factory=list)  # outside of class folders, in words
 
     @property
@@ -88,7 +87,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
         found = {part: _inner(path, part) for part, path in found.items()}
     else:
         _refuse_unknown_parts(folder, named, [path for path, part in (tars | folders).items() if part])
-        _refuse_data_sets(folder)
+        _refuse_data_sets(folder, report_only)
         _refuse_parts_of_classes(folder)
         _refuse_same_subfolders(folder)
         found, not_read = {"train": folder}, []
@@ -97,7 +96,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     parts = {part: read(path, part) for part, path in found.items()}
     if "train" in parts and not report_only:
         _refuse_empty_classes(parts["train"], found["train"])
-    not_read += [words for part, own in parts.items() for words in _left_out(own, part)]
+    not_read += [words for part, own in parts.items() for words in _left_out(own, part * (found[part] != folder))]
     return _number_classes(kind, parts, found, removed, tuple(not_read))
 
 
@@ -140,13 +139,14 @@ def _refuse_unknown_parts(folder: Path, named: Mapping[Path, str | None], parts:
     raise DataError(f"'{folder}' holds {holds}{why}: it should hold {LAYOUTS}.")
 
 
-def _refuse_data_sets(folder: Path) -> None:
-    """Folders that are whole data sets would be taken for classes."""
-    whole = []
-    for path in map(_unwrapped, subfolders(folder)):
+def _refuse_data_sets(folder: Path, report_only: bool) -> None:
+    """Folders that are whole data sets would be taken for classes. `report_only`: validation images alone will do."""
+    whole, tops = [], subfolders(folder)
+    for path in map(_unwrapped, tops):
         inside = {each: part_of(each.stem) for each in visible(path)}
         parts = _best({each: part for each, part in inside.items() if part and _is_part(each)})
-        if {"train"} < parts.keys():
+        alone = len(tops) == 1 and ("train" in parts or (report_only and "validation" in parts))
+        if alone or {"train"} < parts.keys():
             whole.append(f"'{path}' ({', '.join(part.name for part in parts.values())})")
     if whole:
         raise DataError(
@@ -155,9 +155,9 @@ def _refuse_data_sets(folder: Path) -> None:
 
 
 def _unwrapped(folder: Path, deepest: int = 5) -> Path:
-    """The folder, or the one that it holds if it holds nothing else: an archive is often unpacked into a folder of its name."""
+    """The folder, or the one that it holds if it holds nothing else, but no part: an archive is often unpacked into a folder of its name."""
     inside = visible(folder)
-    if deepest and len(inside) == 1 and subfolders(folder):
+    if deepest and len(inside) == 1 and subfolders(folder) and not part_of(inside[0].name):
         return _unwrapped(inside[0], deepest - 1)
     return folder
 
@@ -256,12 +256,13 @@ def _numbers(kinds: Mapping[str, int]) -> str:
 
 
 def _left_out(found: _Part, part: str) -> list[str]:
-    """What is not read of a part, in words."""
+    """What is not read of a part, in words. `part` is empty if the source has no parts."""
     pictures: Counter[str] = Counter()
     for name in found.classes:
         pictures.update({kind: n for kind, n in found.others[name].items() if kind in NO_PICTURES})
     kinds = [f"{n:,} {kind} file{'s' * (n > 1)}" for kind, n in sorted(pictures.items())]
-    return [f"{words} of {part}" for words in [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]]
+    left = [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]
+    return [f"{words} of {part}" for words in left] if part else left
 
 
 # ------------------------------------------------------------------------------------------------ read

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Advice, Argument, DataError, PteeError, some
-from ptee._common.files import as_path
+from ptee._common.files import as_path, from_json
 from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.splits import PARTS, Data
@@ -218,20 +218,30 @@ def read_names(file: str | Path) -> tuple[str, ...]:
         raise DataError(
             f"The class names in '{file}' cannot be read ({reason}): give a text file, one name a line."
         ) from why
+    if _is_json("\n".join(lines)):
+        raise DataError(f"'{file}' is JSON: give a text file with one class name a line, in the backbone's order.")
     if not lines or not all(map(str.strip, lines)):
         raise DataError(f"'{file}' holds {'an empty line' if lines else 'no class names'}: give one class name a line.")
     return tuple(map(str.strip, lines))
+
+
+def _is_json(text: str) -> bool:
+    """Whether this is a list or an object of JSON."""
+    try:
+        return isinstance(from_json(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ names in a run, labels on images
 
 
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
-    """The classes that a run recorded, if the data have some of them; None if the data call theirs otherwise.
+    """The classes that a run or an exported model recorded, if the data have some of them; None if the data call theirs otherwise.
 
     Args:
         found: names in the data.
-        recorded: names in the run, in the backbone's order.
+        recorded: their names, in the backbone's order.
 
     Raises:
         DataError: if the data have some of the names and others beside them: numbered anew, all labels could be others.
@@ -242,9 +252,9 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
         return None
     if strange:
         absent = sorted(known - {_nfc(name) for name in found})
-        lost = f" Classes of the run that the data do not have: {some(absent)}." if absent else ""
+        lost = f" Classes of the model that the data do not have: {some(absent)}." if absent else ""
         raise DataError(
-            f"Classes of the data that the run does not know: {some(strange)}.{lost} "
+            f"Classes of the data that the model does not know: {some(strange)}.{lost} "
             "Give the folders the names that they had, or name the backbone's classes in a file (",
             Argument("classes", "FILE"), ").",
         )  # fmt: skip

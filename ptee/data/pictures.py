@@ -9,6 +9,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import sha256
 from io import BytesIO
@@ -55,6 +56,10 @@ class File(NamedTuple):
     def words(self) -> str:
         """Where the picture is, for a message."""
         return f"{self.name}' in '{self.path}" if self.size >= 0 else self.path
+
+
+class BrokenPictureError(DataError):
+    """A picture that was asked for cannot be read."""
 
 
 class UnreadablePicturesError(DataError):
@@ -118,16 +123,17 @@ def decode(file: File) -> Image:
     """The picture in a file, with 8 bits for each value.
 
     Raises:
-        DataError: if the picture cannot be decoded, or its range of values is unknown.
+        BrokenPictureError: if the picture cannot be decoded, or its range of values is unknown.
     """
     try:
         image = _open(file)
         image.load()
         return eight_bits(image)
     except DataError as why:
-        raise DataError(f"Picture '{file.words}' cannot be used: {why}") from why
+        raise BrokenPictureError(f"Picture '{file.words}' cannot be used: {why}") from why
     except Exception as why:  # whatever Pillow raises
-        raise DataError(f"Picture '{file.words}' cannot be decoded ({_reason(why)}): replace or remove it.") from why
+        text = f"Picture '{file.words}' cannot be decoded ({_reason(why)}): replace or remove it."
+        raise BrokenPictureError(text) from why
 
 
 def decode_bytes(content: bytes) -> Image:
@@ -209,9 +215,24 @@ def check_pictures(parts: Iterable[Any]) -> None:
     raise error
 
 
+@contextmanager
+def all_broken_named(parts: Iterable[Any]) -> Iterator[None]:
+    """If a picture cannot be read meanwhile, name all such pictures of these data sets. Good pictures are not read twice.
+
+    Raises:
+        UnreadablePicturesError: as of `check_pictures`.
+    """
+    try:
+        yield
+    except BrokenPictureError:
+        check_pictures(parts)
+        raise
+
+
 def _files(part: Any) -> list[File]:
-    """The files of a data set, or of the data set that it is a subset of."""
-    return getattr(part, "files", None) or (_files(part.dataset) if hasattr(part, "dataset") else [])
+    """The files of a data set, or of those that it is a subset or made of."""
+    inner = getattr(part, "datasets", None) or ([part.dataset] if hasattr(part, "dataset") else [])
+    return getattr(part, "files", None) or [file for each in inner for file in _files(each)]
 
 
 def _of_each(function: Callable[[File], T], files: Sequence[File], doing: str) -> Iterator[T]:

@@ -117,8 +117,7 @@ class Data:
     def described(self, chosen: bool = True) -> str:
         """The same. `chosen`: thresholds are chosen on some of the images, not given."""
         sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
-        n, unread = len(self.class_names), self.split.get("not_read", [])
-        rest = f"; not read: {some(unread, len(unread))}" if unread else ""
+        n = len(self.class_names)
         classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
         parts, drawn = self.split["parts"], self.split["sizes"].get("calibration")
         is_watched = drawn and "calibration" not in parts and "validation" in parts
@@ -126,7 +125,13 @@ class Data:
         watch = f" ({WATCHING}{CHOSEN_ON * chosen})" if is_watched else plain
         names, colon, how = self.split["rule"].partition(": ")
         rule = f"those for {names} are {how}" if colon else names
-        return f"{self.source}: images{classes}, {sizes}; {rule}{watch}{rest}."
+        return f"{self.source}: images{classes}, {sizes}; {rule}{watch}{self.unread}."
+
+    @property
+    def unread(self) -> str:
+        """What lies in the source and is not read, as the end of a sentence, or nothing."""
+        left = self.split.get("not_read", [])
+        return f"; not read: {some(left, len(left))}" if left else ""
 
     @property
     def place(self) -> str:
@@ -359,7 +364,7 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
             *GIVE_DATA,
         )
     every: Any = ConcatDataset([data.train, data.calibration, data.validation])
-    return every, f"{data.source}: all {number_of(len(every), 'image')}."
+    return every, f"{data.source}: all {number_of(len(every), 'image')}{data.unread}."
 
 
 def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tuple[Any, str]:

@@ -148,6 +148,10 @@ class Runner:
         kind = "an array of numpy" if self.manifest.format == "onnx" else "a tensor of torch"
         if (self.manifest.format == "onnx") != isinstance(x, np.ndarray):
             raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
+        if self.manifest.format != "onnx":
+            from ptee.data.batches import require_plain  # it needs torch
+
+            require_plain(x)
         if self.manifest.format != "onnx" and not all(
             hasattr(x, name) for name in ("ndim", "shape", "dtype", "device")
         ):

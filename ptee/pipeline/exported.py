@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.labels import describe_labels
+from ptee.data.pictures import all_broken_named
 from ptee.data.splits import images_to_report_on
 from ptee.deploy.manifest import PIXELS_NOT_KNOWN
 from ptee.deploy.runner import Runner, load_exported
@@ -114,6 +115,7 @@ def evaluate_exported(
     threshold: Any = None,
     batch_size: int = 128,
     num_workers: int = 0,
+    word: Callable[[Argument], str] = str,
 ) -> ExportedResults:
     """Measure an exported model on images.
 
@@ -126,6 +128,7 @@ def evaluate_exported(
         threshold: one number, or one for each exit; None: those of the manifest.
         batch_size: images in a batch.
         num_workers: processes that load images.
+        word: says how to call an argument.
 
     Raises:
         PteeError: if the folder or the images cannot be used.
@@ -138,8 +141,9 @@ def evaluate_exported(
         runner.threshold = threshold if len(threshold) > 1 else threshold[0]
     images, words, labels = images_for(runner, folder, data, data_root, classes)
     loader = batches(images, batch_size=batch_size, shuffle=False, num_workers=num_workers)
-    parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
-    return _results(runner, parts, f"{words} {describe_labels(labels)} {NOT_KNOWN}")
+    with all_broken_named([images]):
+        parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
+    return _results(runner, parts, f"{words} {describe_labels(labels, word)} {NOT_KNOWN}")
 
 
 def images_for(
@@ -149,9 +153,8 @@ def images_for(
     m = runner.manifest
     view = InputConfig(m.input_size, m.mean, m.std, m.interpolation)
     backbone = Backbone(_AsModule(runner), m.backbone, m.classes, view)
-    found, labels = open_images(
-        data, backbone, seed=0, root=data_root, classes=classes, check=True, device="cpu", report_only=True
-    )
+    how: dict[str, Any] = {"check": True, "device": "cpu", "report_only": True}
+    found, labels = open_images(data, backbone, seed=0, root=data_root, classes=classes, trained=m.class_names, **how)
     images, words = images_to_report_on(found, {}, folder)
     return images, words if m.pixels_known else f"{words} {PIXELS_NOT_KNOWN}", labels
 

@@ -18,7 +18,7 @@ from ptee._common.text import number_of
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described, same_images
 from ptee.data.labels import LabelMap, recorded_classes, relabelled
-from ptee.data.pictures import Key, image_transform
+from ptee.data.pictures import Key, all_broken_named, image_transform
 from ptee.data.recorded import recorded
 from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
@@ -59,7 +59,7 @@ def open_images(
         root: the folder of a data set of torchvision.
         named: the source is a name, even if there is a folder of that name.
         classes: a file that names the backbone's classes in its order.
-        trained: these names as a run recorded them; used if the data have some of them, and refused if they have others beside.
+        trained: these names as a run or an exported model recorded them; used if the data have some of them, and refused if they have others beside.
         check: see whether the backbone is right under these labels.
         device: for this check.
         report_only: images to report on are enough.
@@ -81,7 +81,8 @@ def open_images(
     if require is not None:
         require(data)
     recorded = None if classes is not None else recorded_classes(data.class_names, trained or (), backbone.num_classes)
-    labels = choose_class_order(backbone, data, classes=classes, recorded=recorded, check=check, device=device)
+    with all_broken_named([data.train, data.calibration, data.validation]):
+        labels = choose_class_order(backbone, data, classes=classes, recorded=recorded, check=check, device=device)
     return relabelled(data, labels), labels
 
 

@@ -26,6 +26,7 @@ from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
 from ptee._common.text import number_of, table
 from ptee._common.writing import free_place
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
+from ptee.data.pictures import all_broken_named
 from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
 from ptee.deploy.manifest import MANIFEST, Answered, Int8
 from ptee.deploy.runner import Runner, load_exported
@@ -129,7 +130,8 @@ def _some(data: Any) -> tuple[Tensor, Tensor]:
     """Images (n, c, h, w) of a data set in a random order, and their labels (n,)."""
     order = np.random.default_rng(0).permutation(len(data))[: CALIBRATED_ON + COMPARED_ON].tolist()
     loader: Any = batches(torch.utils.data.Subset(data, order), batch_size=128, shuffle=False, num_workers=0)
-    parts = [split_batch(part) for part in loader]
+    with all_broken_named([data]):
+        parts = [split_batch(part) for part in loader]
     return torch.cat([x for x, _ in parts]), torch.cat([numbered(y, x) for x, y in parts])
 
 

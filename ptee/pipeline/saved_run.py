@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
 from ptee._common.progress import Log
 from ptee.data.labels import describe_labels
+from ptee.data.pictures import all_broken_named
 from ptee.data.sources import require_source
 from ptee.data.splits import (
     AS_DELIVERED,
@@ -63,9 +64,11 @@ class OpenRun(NamedTuple):
     words: str  # which images those are, in a sentence
     accuracy: str  # what is known of their labels, in a sentence
 
-    def threads(self) -> AbstractContextManager[None]:
-        """One CPU thread for a tiny network, else as many as torch takes."""
-        return threads(usual_threads(self.model))
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """One CPU thread for a tiny network, else as many as torch takes. If a picture cannot be read, all such are named."""
+        with threads(usual_threads(self.model)), all_broken_named([self.unseen.images, self.unseen.data.calibration]):
+            yield
 
     @property
     def decided(self) -> tuple[dict[int, float], Blend | None]:
@@ -244,7 +247,8 @@ def compare_runs(
         how["times"] = _times(runs, how.get("static") or {}, resolve_device(how["device"]), at_batch, executor)
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
-    about = f"{first.unseen.data.source}. {parts.words}"
+    data = first.unseen.data
+    about = f"{data.source}{data.unread}. {parts.words}"
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ptee._common import devices
 from ptee._common.errors import Argument, DataError, RunError
 from ptee.data.batches import batches, split_batch
+from ptee.data.pictures import all_broken_named
 from ptee.deploy.runner import load_exported
 from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
@@ -135,4 +136,5 @@ def some_images(data: Any, batch_sizes: Sequence[int]) -> Tensor:
     most = max(MOST_IMAGES, *batch_sizes)
     chosen = torch.utils.data.Subset(data, range(0, len(data), max(1, len(data) // most)))
     loader: Any = batches(chosen, batch_size=128, shuffle=False, num_workers=0)
-    return torch.cat([split_batch(batch)[0] for batch in islice(loader, most)])[:most]
+    with all_broken_named([data]):
+        return torch.cat([split_batch(batch)[0] for batch in islice(loader, most)])[:most]

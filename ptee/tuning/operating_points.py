@@ -69,8 +69,9 @@ def _points(traces: Traces, found: Solution, kind: str) -> Iterator[Point]:
         others = traces.rows(fold != left_out) if folds > 1 else traces
         held = traces.rows(fold == left_out)
         for i, threshold in enumerate(_path(others, found, kind)):
-            lost[i] += _lost(held, threshold) / n
-    for threshold, (drop, differ) in zip(final, lost.tolist(), strict=True):
+            lost[i] += _lost(held, threshold)
+    # divided once: shares that are added up can exceed 1
+    for threshold, (drop, differ) in zip(final, (lost / n).tolist(), strict=True):
         point = _point(traces, found, threshold)
         yield point.model_copy(update={"drop": point.drop if point.drop is None else drop, "fidelity_drop": differ})
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -147,6 +150,42 @@ def test_a_file_with_the_suffix_of_another_kind_is_refused_and_the_right_one_nam
     save(Tiny().state_dict(), tmp_path / name)
     with pytest.raises(BackboneError, match=said):
         read_checkpoint(tmp_path / name)
+
+
+def tar_of(file: Path, target: Path) -> None:
+    with tarfile.open(target, "w") as archive:
+        archive.add(file, file.name)
+
+
+def zip_of(file: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.write(file, file.name)
+
+
+ARCHIVES = {
+    "a zip archive": (zip_of, r"is a zip archive of w\.pth, not written by torch\.save\. Unpack it"),
+    "a tar archive": (tar_of, r"is a tar archive\. Unpack it, and give the file"),
+    "compressed": (
+        lambda file, target: target.write_bytes(gzip.compress(file.read_bytes())),
+        r"is compressed \(gzip\)\. Unpack it: gzip -dc odd > FILE\.pth\.",
+    ),
+    "arrays": (
+        lambda _, target: np.savez(target.open("wb"), a=np.zeros(3)),
+        r"holds arrays of numpy\. Save them as tensors",
+    ),
+    "an array": (
+        lambda _, target: np.save(target.open("wb"), np.zeros(3)),
+        r"holds arrays of numpy\. Save them as tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(("write", "said"), ARCHIVES.values(), ids=ARCHIVES)
+def test_an_archive_or_arrays_in_place_of_weights_are_refused_and_called_so(write, said, tmp_path):
+    torch.save(Tiny().state_dict(), tmp_path / "w.pth")
+    write(tmp_path / "w.pth", tmp_path / "odd")
+    with pytest.raises(BackboneError, match=said):
+        read_checkpoint(tmp_path / "odd")
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.safetensors.index.json", "shard"])

@@ -8,6 +8,7 @@ import re
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from tiny import Tiny, changed, fresh, under
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ptee._common.errors import BackboneError
 from ptee.backbones.checkpoint import read_checkpoint
 from ptee.backbones.load import load_backbone
+from ptee.backbones.small_networks import SmallDenseNet
 from ptee.backbones.weights import load_weights, weights_hash
 
 ONE = torch.ones(1)
@@ -264,6 +266,10 @@ def test_the_backbone_keeps_the_note_if_there_was_a_choice(tmp_path):
         (lambda s: {k: v for k, v in s.items() if k != "bn.weight"}, r"lacks bn\.weight"),
         (lambda s: {**s, "conv.weight": torch.ones(8, 1, 3, 3)}, r"conv\.weight \(8, 1, 3, 3\), not \(8, 3, 3, 3\)"),
         (lambda s: {k: torch.ones(7, 7) for k in s}, r"conv\.weight \(7, 7\), not .* and 4 more"),
+        (
+            lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.complex64)},
+            r"holds torch\.complex64 in fc\.weight, where the model has torch\.float32\. Save",
+        ),
         (lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)}, "holds torch.int8 in fc.weight.*quantised"),
         (
             lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.float8_e4m3fn)},
@@ -304,6 +310,10 @@ def test_long_names_and_terminal_codes_are_shown_short_and_harmless(tmp_path):
     assert len(text) < 500
 
 
+def old_dense(name: str) -> str:
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", name)
+
+
 def original_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names that the authors of Swin gave: a stage ends with its downsampling, timm's begins with it."""
     renamed = {}
@@ -323,6 +333,33 @@ def test_names_that_timm_converts_are_converted(prefix, tmp_path):
         "swin_tiny_patch4_window7_224", weights=tmp_path / "swin.pth", num_classes=5, model_args=args
     )
     assert weights_hash(backbone.module) == weights_hash(trained)
+
+
+OLD_NAMES = {  # a network, and what makes its names those of files that its library published
+    "torchvision's DenseNet": (lambda: torchvision.models.DenseNet(4, (2, 1), 8, num_classes=3), old_dense),
+    "timm's DenseNet": (lambda: timm.models.DenseNet(4, (2, 1), num_classes=3), old_dense),
+    "a DenseNet for small images": (lambda: SmallDenseNet(3, growth_rate=4, block_config=(2, 1)), old_dense),
+    "torchvision's ViT": (
+        lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16, num_classes=3),
+        lambda name: name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."),
+    ),
+    "timm's CrossViT": (
+        lambda: timm.create_model("crossvit_tiny_240", depth=((1, 1, 0),) * 3, embed_dim=(12, 12), num_classes=3),
+        lambda name: re.sub(r"(pos_embed|cls_token)_", r"\1.", name),
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(("make", "older"), OLD_NAMES.values(), ids=OLD_NAMES)
+def test_names_in_files_that_a_library_published_earlier_are_known(make, older, prefix, tmp_path):
+    module = make()
+    wanted = changed(module.state_dict())
+    old = {older(name): value for name, value in wanted.items()}
+    assert old.keys() != wanted.keys()
+    torch.save(under(prefix, old), tmp_path / "w.pth")
+    load_weights(module, read_checkpoint(tmp_path / "w.pth"))
+    assert all(torch.equal(value, wanted[name]) for name, value in module.state_dict().items())
 
 
 def test_position_embeddings_of_another_image_size_are_refused_and_not_stretched(tmp_path):

@@ -99,6 +99,41 @@ def test_other_images_are_measured_all_even_where_labels_cannot_be_mapped(run, f
     assert evaluated(run, finished, "--data", "others")["samples"] == 20
 
 
+@pytest.mark.parametrize("command", [("evaluate",), ("tune", "--max-fidelity-drop", 0.9), ("compare", "--drops", 0.5)])
+def test_what_lies_beside_the_class_folders_and_is_not_read_is_named(command, run, finished):
+    pictures(Path("others"), TEN, 3)
+    for file in Path("others", "class3").iterdir():
+        file.rename(file.with_suffix(".gif"))
+    Path("others", "class4", "0.png").rename(Path("others", "class4", "0.heic"))
+    shutil.copy(Path("others", "class5", "0.png"), "others")
+    Path("others", "more.zip").touch()
+    done = run(command[0], finished, *command[1:], "--data", "others", "--json")
+    said = "; not read: class class3 (3 .gif), 1 .heic file, more.zip, 1 picture outside of class folders."
+    assert done.status == 0 and said in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate",),
+        ("evaluate", "--workers", "1"),
+        ("tune", "--max-fidelity-drop", "0.9"),
+        ("compare",),
+        ("report", "--out", "r.html"),
+    ],
+    ids=" ".join,
+)
+def test_all_pictures_that_cannot_be_read_are_named_at_once(command, run, finished):
+    pictures(Path("others"), TEN, 30)
+    broken = [Path("others", *name) for name in (("class1", "4.png"), ("class3", "7.png"), ("class8", "2.png"))]
+    for file in broken:
+        file.write_bytes(b"no picture")
+    done = run(command[0], finished, *command[1:], "--data", "others")
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith("3 of 300 pictures cannot be read. Replace or remove them")
+    assert all(f"'{file}'" in done.err for file in broken)
+
+
 def test_the_data_are_found_from_another_folder(run, known, things, monkeypatch, elsewhere):
     monkeypatch.chdir(things)
     assert run("augment", *known[:-1], "ten", *SHORT, "--out", elsewhere / "out").status == 0

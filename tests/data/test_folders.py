@@ -196,6 +196,17 @@ def test_a_folder_without_training_images_in_classes_is_refused(tmp_path, names,
         opened(write_folder(tmp_path, names))
 
 
+@pytest.mark.parametrize("names", [["pets/val/a/0.png", "pets/val/b/1.png"], ["pets/pets/test/a/0.png"]])
+def test_a_folder_around_validation_images_is_not_taken_for_a_class(names, tmp_path):
+    with pytest.raises(DataError, match=r"did you mean '.*pets' \((val|test)\)\?"):
+        opened(write_folder(tmp_path, names), report_only=True)
+
+
+def test_a_folder_around_training_images_is_not_taken_for_a_class(tmp_path):
+    with pytest.raises(DataError, match=r"did you mean '.*pets' \(train\)\?"):
+        opened(write_folder(tmp_path, [f"pets/train/{name}" for name in numbered(20)]))
+
+
 def test_a_folder_of_tar_data_sets_is_refused_with_the_one_to_give(tars):
     write_folder(tars.parent / "other", ["0.png"])
     with pytest.raises(DataError, match=rf"did you mean '{tars}' \(train\.tar, validation\.tar\)\?"):

@@ -100,7 +100,7 @@ def test_a_file_may_write_accents_in_another_way(tmp_path):
 
 def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
     run = ["bird", "cat", "dog"]
-    with pytest.raises(DataError, match=r"run does not know: kitten\. .* do not have: cat\. .*classes=FILE"):
+    with pytest.raises(DataError, match=r"model does not know: kitten\. .* do not have: cat\. .*classes=FILE"):
         recorded_classes(["bird", "dog", "kitten"], run, 3)
     assert recorded_classes(["cat", "dog"], run, 3) == run
     assert recorded_classes(["0", "1", "2"], run, 3) is None  # other names altogether
@@ -116,10 +116,12 @@ def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
         ("cat\nDog\nowl\n", r"lacks classes of the data: dog \(did you mean 'Dog'\?\)"),
         ("cat\n\ndog\n", "holds an empty line"),
         ("", "holds no class names"),
+        ('["cat", "dog", "owl"]', r"is JSON: give a text file with one class name a line"),
+        ('{\n  "cat": 0,\n  "dog": 1,\n  "owl": 2\n}\n', r"is JSON: give a text file"),
         ("\xff\xfe", "cannot be read"),
         (None, r"classes\.txt' cannot be read \(No such file"),
     ],
-    ids=["one", "too few", "twice", "other names", "gap", "empty", "no text", "no file"],
+    ids=["one", "too few", "twice", "other names", "gap", "empty", "JSON", "JSON in lines", "no text", "no file"],
 )
 def test_a_file_of_other_names_is_refused(text, said, tmp_path):
     if text is not None:

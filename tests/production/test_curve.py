@@ -338,6 +338,16 @@ def test_who_never_leaves_needs_no_reserve():
     assert (point.fidelity_drop, point.drop, point.cost, point.promised) == (0, 0, 1, 0.01)
 
 
+@pytest.mark.parametrize("n", range(9, 30))
+def test_no_more_answers_differ_than_there_are_whatever_the_number_of_images(n):
+    answers = torch.tensor([[1], [0]], device="cpu").expand(2, n)
+    h, none = torch.ones(2, n, device="cpu"), torch.zeros(0, device="cpu")
+    sample = Traces(answers, h, None, torch.tensor([0.5, 1.0], dtype=torch.float64, device="cpu"), none)
+    found = replace(NEVER, threshold=(2.0,), off=(), target=Target("max_fidelity_drop", 0.5))
+    points = operating_points(sample, found).points
+    assert max(point.fidelity_drop for point in points) == 1
+
+
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_thresholds_for_a_drop_lose_no_more_on_average_over_draws_of_few_images(name):
     whole, lost = population(name, 20_000), []

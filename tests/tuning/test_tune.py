@@ -98,7 +98,7 @@ def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
     kept = "Target: a mean cost of at most 0.6. Kept on 1,000 report images: 0.5000."
     assert outcome(0.95, 1000, "max_cost", limit=0.6) == kept
     assert "Missed on" in outcome(0.95, 1000, "max_cost", limit=0.4)
-    assert "Kept on 1 other image: 0.5000" in outcome(0.95, 1, "max_cost", limit=0.6)
+    assert "Kept on 1 report image: 0.5000" in outcome(0.95, 1, "max_cost", limit=0.6)
 
 
 def test_without_labels_it_is_not_known_whether_a_drop_of_accuracy_was_kept():

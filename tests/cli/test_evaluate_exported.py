@@ -1,0 +1,51 @@
+"""`ptee evaluate` of an exported model: on images, by the files of its folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command import assert_refused, pictures
+from small import made
+
+import ptee
+
+pytestmark = pytest.mark.cpu("what is exported is the same on every device")
+NAMES = ["bird", "cat", "dog", "frog"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose folder says what its classes are called."""
+    model = made()
+    model.results = {"data": {"split": {"classes": NAMES}}}
+    return ptee.export(model, tmp_path_factory.mktemp("evaluate") / "exported")
+
+
+def test_classes_are_told_by_the_names_that_the_model_was_exported_with(exported, run):
+    whole, some = (pictures(Path(name), NAMES[n:], 3) for n, name in enumerate(("whole", "some")))
+    assert run("evaluate", exported, "--data", whole).status == 0
+    done = run("evaluate", exported, "--data", some, "--json")
+    assert "The 3 classes of the data have the backbone's numbers." in done.err
+    assert json.loads(done.out)["accuracy"] is not None
+
+
+def test_a_class_that_was_renamed_does_not_shift_the_others(exported, run):
+    assert_refused(
+        run("evaluate", exported, "--data", pictures(Path("images"), ["bird", "dog", "frog", "kitten"], 2)),
+        r"Classes of the data that the model does not know: kitten\. .*do not have: cat\. .*\(--classes FILE\)",
+    )
+
+
+def test_all_pictures_that_cannot_be_read_are_named_at_once(exported, run):
+    images = pictures(Path("images"), NAMES, 3)
+    for name in NAMES[1:3]:
+        (images / name / "1.png").write_bytes(b"no picture")
+    assert_refused(run("evaluate", exported, "--data", images), "2 of 12 pictures cannot be read.*cat/1.png.*dog/1.png")
+
+
+def test_what_to_do_about_labels_is_said_as_it_is_typed(exported, run):
+    done = run("evaluate", exported, "--data", pictures(Path("images"), ["a", "b"], 2))
+    assert done.status == 0
+    assert "cannot be mapped" in done.out and "(--classes FILE)" in done.out
