@@ -248,7 +248,7 @@ def test_class_folders_get_the_numbers_under_which_the_backbone_is_right(library
 def test_a_class_folder_that_the_run_does_not_know_is_refused_and_not_numbered(tmp_path):
     write_folder(tmp_path, ["bird/1.png", "car/1.png", "dog/1.png"])
     model = knowing([0, 1, 2], ["automobile", "bird", "dog"])
-    with pytest.raises(DataError, match=r"that the run does not know: car\..*do not have: automobile.*classes=FILE"):
+    with pytest.raises(DataError, match=r"that the model does not know: car\..*do not have: automobile.*classes=FILE"):
         with_classes(Job("run"), model, find_source(tmp_path), None)
 
 
