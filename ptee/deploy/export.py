@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import os
 import shutil
@@ -157,7 +158,9 @@ def _program(module: nn.Module, alive: tuple[Tensor, ...], rows: Sequence[Rows])
 def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> None:
     if format == PT2:
         program._example_inputs = None  # as large as the weights of a small network
-        torch.export.save(program, file)
+        content = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.export.save(program, content)
+        file.write_bytes(content.getbuffer())
         return
     with own_export, no_warnings, no_logs, no_stdout, no_stderr:
         made = torch.onnx.export(program, dynamo=True, verbose=False)

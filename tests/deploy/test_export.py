@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -300,6 +301,29 @@ def test_a_model_in_training_mode_is_not_exported_and_learns_nothing(tmp_path):
     with pytest.raises(PteeError, match=r"eval mode.*model\.eval\(\)"):
         ptee.export(early, tmp_path / "out")
     assert all(torch.equal(value, before[name]) for name, value in early.state_dict().items())
+
+
+FULL = """
+import resource, sys
+from small import made
+import ptee
+early = made()
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # bytes of a file
+try:
+    ptee.export(early, sys.argv[1])
+except ptee.PteeError as why:
+    print(why)
+"""
+
+
+def test_a_disk_that_takes_no_more_of_a_piece_is_named_and_ends_no_process(tmp_path):
+    pytest.importorskip("resource", reason="limits of files are Unix's")
+    command = [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert re.fullmatch(r"Cannot write .*piece_0\.pt2: File too large\. .*\n", done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
