@@ -168,7 +168,7 @@ def _require_unpacked(path: Path) -> None:
         start = file.read(len(NUMPY))
     if packed := packed_by(path):
         raise refusal(path, f"is compressed ({packed}). Unpack it: {packed} -dc {path.name} > FILE.pth.")
-    if tarfile.is_tarfile(path):
+    if _is_tar(path):
         raise refusal(path, "is a tar archive. Unpack it, and give the file of weights that is in it.")
     parts = []
     if start != NUMPY and zipfile.is_zipfile(path):
@@ -181,6 +181,14 @@ def _require_unpacked(path: Path) -> None:
     if parts:
         text = f"is a zip archive of {shown(parts, 3)}, not written by torch.save. Unpack it, and give the file of weights in it."
         raise refusal(path, text)
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether this is a tar archive of something. A file of zeros, which a broken download leaves, is taken for an empty one."""
+    if not tarfile.is_tarfile(path):
+        return False
+    with tarfile.open(path) as archive:
+        return archive.next() is not None
 
 
 def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:

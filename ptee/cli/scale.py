@@ -115,8 +115,9 @@ def trace(run: str, **o: Any) -> None:
         found = record(
             run, logits=words_of(o["logits"]), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH}
         )
-    target = "--max-drop" if found.labelled else "--max-fidelity-drop"
-    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} {target} 0.01")
+    either = "--max-drop 0.01, or --max-fidelity-drop 0.01, which needs no labels"
+    target = either if found.labelled else "--max-fidelity-drop 0.01"
+    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} {target}")
 
 
 @command(short_help="Keep what the heads read of very many images.")

@@ -9,7 +9,9 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,6 +209,8 @@ def _numbers(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value  # numpy has no bfloat16
     found = np.asarray(value)
+    if found.dtype == object and all(isinstance(v, Real | Decimal) and not isinstance(v, bool) for v in found.flat):
+        return found.astype(np.float64)
     if found.dtype.kind not in "iuf":
         raise TypeError(f"{found.dtype} is no number")
     return found

@@ -215,17 +215,17 @@ def _fit(
         _set_confidence(model, for_confidence, recipe, job)
         times = _measured_pieces(model, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job, times)
+        _save(model, history, recipe, job, times)  # before the measurement, which may take long
     except KeyboardInterrupt as why:
         raise interrupted(
             job.out, complete[-1].number if complete else 0, resume=job.resume, overwrite=job.overwrite, again=job.again
         ) from why
-    _save(model, history, recipe, job, times)  # before the measurement, which may take long
     try:
         _measure(model, report, outcome, recipe, job, without_images(data, model.num_classes))
+        _save(model, history, recipe, job, times)
     except KeyboardInterrupt as why:
         words = f"the run in {job.out} is complete but for its results. {job.again}".rstrip()
         raise Interrupted(f"Interrupted: {NOTHING_KEPT if job.out is None else words}") from why
-    _save(model, history, recipe, job, times)
     if job.out is not None:
         forget_training(job.out)
         job.log(f"\nSaved in {job.out}")

@@ -228,8 +228,9 @@ def _of_file(file: Path | None) -> Iterator[None]:
 
 
 def _line_of(file: Path, path: str) -> str:
-    """The line in which a setting is given, after a comma; empty if none, or more than one, begins with its name."""
-    begin = re.compile(rf"\s*{re.escape(path.partition('[')[0].rpartition('.')[2])}\s*:")
+    """The line in which a setting is given, after a comma; empty if none, or more than one, begins with its name as deep as it stands."""
+    section, _, key = path.partition("[")[0].rpartition(".")
+    begin = re.compile((r"\s+" if section else "") + rf"{re.escape(key)}\s*:")
     lines = [n for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if begin.match(line)]
     return f", line {lines[0]}" if len(lines) == 1 else ""
 
@@ -327,7 +328,7 @@ def _require_sections(values: Mapping[str, Any]) -> None:
         else:
             outside = {name: value} if own is None or inner is not None else {}
         for key, v in outside.items():
-            if isinstance(v, str | int | float | list | tuple):
+            if isinstance(v, str | int | float | list | tuple) and not isinstance(v, bool):
                 _refuse_outside(key, v, f"{name}.{key}" if isinstance(value, Mapping) else name)
 
 
@@ -337,6 +338,8 @@ def _refuse_outside(name: str, value: Any, path: str) -> None:
         section, _, key = path_for(name, value).rpartition(".")
     except PteeError:
         return
+    if (section, key) == ("exits", "places") and isinstance(value, int):
+        key = "number"
     right = f"{key}: {str(value).replace(chr(39), ''):.60}"
     text = f" stands at the wrong place. Write {f'{section}: {{{right}}}' if section else right}."
     raise PteeError(Argument(path, f"{value!r:.60}"), text, argument=path, value=value)

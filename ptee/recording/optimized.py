@@ -124,6 +124,9 @@ class OptimizedModel(nn.Module):
 
         The first two and the last two marks enclose what a call does beside its pieces.
         """
+        if not self._fits(x):
+            self._without_pieces(x, NEVER)
+            return
         mark()
         self._predict(x[: self.max_batch], NEVER, mark)
         mark()

@@ -153,9 +153,7 @@ def _labelled(manifest: Manifest, source: Source) -> str:
     if manifest.labelled == manifest.rows:
         return " All of them have labels."
     if manifest.labelled:
-        return (
-            f" {manifest.labelled:,} of them have labels, and the others none: give labels to all of them, or to none."
-        )
+        return f" {manifest.labelled:,} of them {'has a label' if manifest.labelled == 1 else 'have labels'}, and the others none: give labels to all of them, or to none."
     return f" None of them has a label.{LABELS_STAND.get(source.kind, '')}"
 
 

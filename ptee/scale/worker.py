@@ -66,7 +66,6 @@ class Worker:
         self.job, self.model = job, open_model(job) if model is None else model
         view = self.model.origin.input
         self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
-        self._of_folders: dict[bool, str] = {}  # whether it is a class: the name of the first folder
 
     def table(self, samples: Sequence[Sample]) -> Any:
         """A row for each sample: key, label, fault (why it cannot be read; else empty), and the columns of the job's kind."""
@@ -102,13 +101,9 @@ class Worker:
         if sample.label != UNKNOWN_LABEL or not sample.class_name:
             return sample.label
         number = (self.job.classes or {}).get(spelt(sample.class_name), UNKNOWN_LABEL)
-        unknown = sample.class_name if number == UNKNOWN_LABEL else ""
-        if sample.in_folder:  # folders of no class hold images without labels; but not beside classes
-            self._of_folders.setdefault(bool(unknown), sample.class_name)
-            unknown = self._of_folders[True] if len(self._of_folders) > 1 else ""
-        if unknown:
+        if number == UNKNOWN_LABEL and not sample.in_folder:  # folders of no class hold images without labels
             raise DataError(
-                f"{sample.key}: '{unknown}' is no class that the run knows. Use its names, or name the backbone's classes "
+                f"{sample.key}: '{sample.class_name}' is no class that the run knows. Use its names, or name the backbone's classes "
                 "in its order in a file (", Argument("classes", "FILE"), ").",
             )  # fmt: skip
         return number

@@ -109,14 +109,14 @@ class Times(FrozenConfig):
         """The text of the file."""
         return f"{to_json(self.model_dump(mode='json'))}\n"
 
-    def by(self, executor: str = AUTO) -> Measured:
+    def by(self, executor: str = AUTO, batch: int = 1) -> Measured:
         """What one executor took. auto: the fastest way that `ptee` has there, CUDA graphs on a GPU and hooks elsewhere."""
         there = {m.executor: m for m in self.executors}
         usual = next((name for name in (GRAPHS, HOOKS) if name in there), self.executors[0].executor)
         wanted = usual if executor == AUTO else executor
         if wanted not in there:
             raise PteeError(
-                f"{wanted} was not measured, only {', '.join(there)}. {self._measure([*there, wanted], self.rows[-1])}",
+                f"{wanted} was not measured, only {', '.join(there)}. {self._measure(wanted, batch)}",
                 argument="executor", value=executor,
             )  # fmt: skip
         return there[wanted]
@@ -130,18 +130,19 @@ class Times(FrozenConfig):
         if not 1 <= batch <= self.rows[-1]:
             raise PteeError(
                 Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. "
-                + self._measure([m.executor for m in self.executors], batch), argument="at_batch", value=batch,
+                + self._measure(executor, batch), argument="at_batch", value=batch,
             )  # fmt: skip
-        m = self.by(executor)
+        m = self.by(executor, batch)
         bare = between(self.rows, m.bare, batch)[-1].item()
         tables = (m.segments, m.heads, m.moves)
         segments, heads, moves = (torch.stack([between(self.rows, t, batch) for t in rows]) / bare for rows in tables)
         call = between(self.rows, m.call, batch)[-1].item() / bare
         return BatchTimes(segments, heads, call, unit_of(m.executor, batch, self.device), moves, 1e3 * bare)
 
-    def _measure(self, executors: Sequence[str], batch: int) -> str:
-        """What to type for these: all at once, because what is saved takes the place of what was kept."""
-        return f"Measure again: ptee bench RUN --executor {','.join(executors)} --batch-sizes {batch} --save"
+    def _measure(self, executor: str, batch: int) -> str:
+        """What to type for one that is lacking: all at once, because what is saved takes the place of what was kept."""
+        executors = dict.fromkeys([*(m.executor for m in self.executors), *([] if executor == AUTO else [executor])])
+        return f"Measure again: ptee bench RUN --executor {','.join(executors)} --batch-sizes {max(batch, self.rows[-1])} --save"
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
         """Refuse times of other exits, another number type or another kind of device than a model has now.

@@ -165,6 +165,10 @@ def zip_of(file: Path, target: Path) -> None:
 ARCHIVES = {
     "a zip archive": (zip_of, r"is a zip archive of w\.pth, not written by torch\.save\. Unpack it"),
     "a tar archive": (tar_of, r"is a tar archive\. Unpack it, and give the file"),
+    "zeros, which tarfile takes for an empty archive": (
+        lambda _, target: target.write_bytes(bytes(20_480)),
+        r"Get it again",
+    ),
     "compressed": (
         lambda file, target: target.write_bytes(gzip.compress(file.read_bytes())),
         r"is compressed \(gzip\)\. Unpack it: gzip -dc odd > FILE\.pth\.",

@@ -361,3 +361,5 @@ def test_classes_that_no_validation_image_shows_are_named_beside_the_results_too
     assert done.status == 0, done
     assert said in done.out[done.out.index("Chosen: ") : done.out.index("when it runs")]
     assert said in run("evaluate", "out", "--no-speed").out
+    pictures(elsewhere / "plain", TEN, 3)  # of which one is drawn for validation, and all are reported on
+    assert "No validation image" not in run("evaluate", "out", "--data", "plain", "--no-speed").out

@@ -89,7 +89,7 @@ def test_interrupted_in_the_first_epoch_a_run_that_was_to_be_replaced_is_as_it_w
     assert done.out.count(told) == 1
 
 
-@pytest.mark.parametrize("where", ["take_over", "_set_confidence", "_set_thresholds"])
+@pytest.mark.parametrize("where", ["take_over", "_set_confidence", "_set_thresholds", "_save"])
 def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, monkeypatch):
     words = ("augment", *known, *SHORT, "--out", "out")
     with monkeypatch.context() as patch:

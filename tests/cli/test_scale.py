@@ -13,8 +13,8 @@ from shards import shard
 from ptee.scale import trace as scale_trace
 
 AGAIN = (
-    "it may know its classes in another order. Record them again under the right labels: ptee trace RUN --classes FILE names "
-    "the backbone's classes in its order."
+    "it may know its classes in another order. Names get other numbers by ptee trace with --overwrite and --classes FILE, which names the "
+    "backbone's classes in its order. Labels that are numbers must be mended where they stand."
 )
 
 
@@ -31,7 +31,8 @@ def traced(run, finished, source) -> Path:
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in traces. All of them have labels.",
         f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
-        f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01",
+        f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01, or --max-fidelity-drop 0.01, which "
+        "needs no labels",
     ]
     return Path("traces")
 

@@ -11,6 +11,8 @@ import sys
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy as copy_of
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +143,17 @@ def test_the_threshold_of_the_model_is_in_force_and_can_be_changed(exported):
 
 @pytest.mark.parametrize(
     "threshold",
-    [torch.tensor(0.5, requires_grad=True), torch.tensor([0.5, 0.5], dtype=torch.bfloat16), np.float16(0.5), [1, 0]],
+    [
+        torch.tensor(0.5, requires_grad=True),
+        torch.tensor([0.5, 0.5], dtype=torch.bfloat16),
+        np.float16(0.5),
+        Decimal("0.5"),
+        [Fraction(1, 2), 10**30],
+        [1, 0],
+    ],
 )
 def test_thresholds_are_numbers_of_any_type(threshold, runner):
-    as_floats = np.asarray(torch.as_tensor(threshold).detach().double())
+    as_floats = np.asarray(torch.as_tensor(threshold, dtype=torch.float64).detach())
     want, got = (runner.predict(images(4), t).exit_index for t in (as_floats, threshold))
     assert want.tolist() == got.tolist()
 

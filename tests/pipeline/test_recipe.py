@@ -199,6 +199,10 @@ NO_RECIPES = {
     "a setting without its section": ("epochs: 1\n", r"recipe\.yaml, line 1: epochs=1 stands at the wrong place\. Write training: \{epochs: 1\}\.$"),
     "a setting in another section": ("training: {head: pool}\n", r"training\.head='pool' stands at the wrong place\. Write exits: \{head: pool\}\.$"),
     "a setting of all in a section": ("exits: {seed: 3}\n", r"exits\.seed=3 stands at the wrong place\. Write seed: 3\.$"),
+    "how many exits": ("exits: 3\n", r"exits=3 stands at the wrong place\. Write exits: \{number: 3\}\.$"),
+    "a truth value": ("training: true\n", r"recipe\.yaml, line 1: training=True must be a mapping"),
+    "a setting whose name begins another line, too": (
+        "confidence:\n  name: learned\nthresholds: {confidence: 2}\n", r"In the recipe \S*recipe\.yaml: thresholds\.confidence=2"),
     "a tag of a number": ("seed: !!int '0x10'\n", r"tags \(tag:yaml\.org,2002:int\) are not read here"),
     "a tag of a list": ("exits: !!set {layer1, layer2}\n", r"tags \(tag:yaml\.org,2002:set\) are not read here"),
     "another type": ("training: !!int x\n", "cannot be read"),

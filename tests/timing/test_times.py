@@ -45,6 +45,8 @@ def test_a_batch_or_an_executor_that_was_not_measured_is_refused():
         PteeError, match=r"graphs was not measured, only hooks.*--executor hooks,graphs --batch-sizes 4 --save"
     ):
         Times(**values()).at(4, "graphs")
+    with pytest.raises(PteeError, match=r"--executor hooks,onnx --batch-sizes 8 --save$"):
+        Times(**values()).at(8, "onnx")
 
 
 def test_executors_whose_times_are_replaced_are_named(tmp_path, recwarn):
