@@ -31,6 +31,7 @@ from ptee.cli.values import (
 )
 from ptee.pipeline.recorded import require_tunable, tuning_recipe
 from ptee.timing.settings import FILE
+from ptee.tuning.config import AT_BATCH
 
 
 @command(short_help="Measure a saved run again, at any threshold.")
@@ -219,7 +220,9 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
     bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, show=partial(show, o=o), **how)
     if o["save"]:
-        then = f"Thresholds by them: ptee tune {run} --max-drop 0.01 --cost time"
+        most = max(o["batch_sizes"])
+        at_batch = f" --at-batch {most}" * (most < AT_BATCH)
+        then = f"Thresholds by them: ptee tune {run} --max-drop 0.01 --cost time{at_batch}"
         click.echo(f"\nThe times of the pieces are kept in {Path(run) / FILE}. {then}", err=o["as_json"])
 
 

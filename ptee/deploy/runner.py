@@ -190,6 +190,10 @@ class Runner:
             try:
                 with Image.open(path, formats=FORMATS) as file:
                     pictures.append(self._pixels(file))
+            except FileNotFoundError as why:
+                raise PteeError(f"There is no file {path}.") from why
+            except IsADirectoryError as why:
+                raise PteeError(f"{path} is a folder. Name the pictures in it, such as {path}/*.jpg.") from why
             except (OSError, DataError) as why:
                 raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
         return self.from_host(np.stack(pictures))

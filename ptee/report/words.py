@@ -89,11 +89,20 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
     yield f"Of {number_of(n, 'image')} that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
     tuning = of.results.get("tuning")
-    target = tuning.get("target") if isinstance(tuning, dict) else None
-    if isinstance(tuning, dict) and isinstance(target, dict) and target.get("kind") in WISHES:
+    tuning = tuning if isinstance(tuning, dict) else {}
+    target = tuning.get("target")
+    if isinstance(target, dict) and target.get("kind") in WISHES and _as_chosen(of, tuning):
         yield _kept(of, own, target, str(tuning.get("unit") or ""))
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
+
+
+def _as_chosen(of: Reported, tuning: Mapping[str, Any]) -> bool:
+    """Whether the thresholds are those that were chosen for the target: in Python others may have been set since."""
+    chosen, off, model = tuning.get("threshold"), tuple(tuning.get("off", ())), of.model
+    if not isinstance(chosen, list) or len(chosen) != len(model.threshold):
+        return False
+    return off == model.off and all(t == model.threshold[n] for n, t in enumerate(chosen) if n not in off)
 
 
 WISHES = {  # by kind of target: what was asked for, and what was found
@@ -113,7 +122,8 @@ def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], unit: str) -
         return f"{words} of {unit}. On these images {own.cost:.4f} of the operations was spent."
     drop = (bare or 0) - (own.accuracy or 0)
     found = {"max_drop": drop, "max_fidelity_drop": 1 - own.fidelity, "max_cost": own.cost}[target["kind"]]
-    return f"{words}. On these images {found:.4f} was {done}: {'kept' if found <= target['limit'] + ROUNDING else 'missed'}."
+    kept = "kept" if found <= target["limit"] + ROUNDING else "missed"
+    return f"{words}. On these images {abs(found):.4f} was {'gained' if found < 0 else done}: {kept}."
 
 
 def recorded_verdict(of: Reported) -> Iterator[str]:

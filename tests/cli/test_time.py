@@ -46,7 +46,7 @@ def test_bench_of_a_run_prints_a_table_and_keeps_the_times_where_it_is_asked_to(
     assert done.status == 0
     assert "own thresholds" in done.out
     assert "\nlimit: " in done.out
-    then = f"Thresholds by them: ptee tune {finished} --max-drop 0.01 --cost time"
+    then = f"Thresholds by them: ptee tune {finished} --max-drop 0.01 --cost time --at-batch 2"
     assert done.out.endswith(f"\n\nThe times of the pieces are kept in {finished / 'times.json'}. {then}\n")
     times = read_times(finished)
     assert [m.executor for m in times.executors] == ["hooks", "eager"]

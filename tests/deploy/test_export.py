@@ -383,6 +383,10 @@ def test_a_file_that_is_no_picture_is_refused_by_name(runner, tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(PteeError, match=r"a\.png is no picture"):
         runner.images([tmp_path / "a.png"])
+    with pytest.raises(PteeError, match=r"^There is no file .*b\.png\.$"):
+        runner.images([tmp_path / "b.png"])
+    with pytest.raises(PteeError, match=r"is a folder\. Name the pictures in it, such as .*/\*\.jpg\.$"):
+        runner.images([tmp_path])
 
 
 @pytest.mark.slow

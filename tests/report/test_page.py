@@ -75,8 +75,18 @@ def test_the_slider_ends_at_the_runs_own_thresholds(evil):
 
 
 def test_a_run_that_missed_its_target_says_so(evil):
-    metrics = {"results": {"tuning": {"target": {"kind": "max_drop", "limit": 0.0001}}}}
-    assert any("was lost: missed." in words for words in parts(replace(evil, metrics=metrics))[0].words)
+    tuning = {
+        "target": {"kind": "max_drop", "limit": 0.0001},
+        "threshold": evil.model.threshold,
+        "off": list(evil.model.off),
+    }
+
+    def says(**changes: object) -> bool:
+        metrics = {"results": {"tuning": tuning | changes}}
+        return any("was lost: missed." in words for words in parts(replace(evil, metrics=metrics))[0].words)
+
+    assert says()
+    assert not says(threshold=[0.1, 0.2])  # others were set since
 
 
 def test_where_times_are_kept_they_stand_beside_the_cost(evil):
