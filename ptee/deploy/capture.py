@@ -130,9 +130,8 @@ def _captured(passes: _Passes, model: EarlyExitModel) -> fx.GraphModule:
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     try:
         with own_export, no_logs, no_stderr, torch.no_grad():
-            passes(
-                x.clone()
-            )  # what a network keeps for images of this kind it makes now, of numbers: torch.export's have none
+            # a network may keep what it computes at first: it does so here, as the tensors of torch.export hold no numbers
+            passes(x.clone())
             program = torch.export.export(passes, (x,), dynamic_shapes=({0: rows},), strict=False)
     except PteeError:
         raise

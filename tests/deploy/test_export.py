@@ -24,8 +24,8 @@ from device import drawn
 from extras import needs_onnx
 from images import picture
 from PIL import Image
-from small import SIZE, K, blended, chained, made
-from torch import Tensor, nn
+from small import SIZE, K, Normalises, blended, chained, made
+from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError, RunError
@@ -281,15 +281,6 @@ def test_a_piece_that_does_harm_is_refused_in_one_line_even_with_its_hash(part, 
         ptee.load_exported(copy)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
-
-
-class Normalises(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x.sub_(0.45).div_(0.25)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -9,7 +9,7 @@ import timm
 import torch
 from cases import slow
 from device import seeded
-from small import K, chained, made
+from small import K, Normalises, chained, made
 from torch import Tensor, nn
 
 import ptee
@@ -141,15 +141,6 @@ class WritesLater(nn.Module):
         before = z.mean((2, 3))
         z.clamp_(-0.5, 0.5)
         return self.c(before + z.mean((2, 3)))
-
-
-class Normalises(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x.sub_(0.5).div_(0.25)).mean((2, 3)))
 
 
 def test_a_network_may_normalise_its_images_in_place():
