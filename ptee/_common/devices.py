@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +61,15 @@ def no_autocast(device: torch.device) -> Iterator[None]:
     torch.clear_autocast_cache()
     with torch.autocast(device.type, enabled=False, cache_enabled=False):
         yield
+
+
+def made_on_cpu() -> AbstractContextManager[Any]:
+    """What is made meanwhile lies on the CPU, whatever torch's default device is.
+
+    Where that is the CPU anyhow, nothing is set: with a device set, each call of torch takes longer.
+    """
+    default = torch.empty(0).device  # torch 2.9's get_default_device fails after set_default_device(None)
+    return nullcontext() if default.type == "cpu" else torch.device("cpu")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from ptee._common.devices import made_on_cpu
 from ptee._common.errors import DataError, some
 from ptee._common.text import type_name
 
@@ -24,7 +25,7 @@ class CpuLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        with torch.device("cpu"):
+        with made_on_cpu():
             found = super().__iter__()  # starts the processes
         return _on_cpu(found)
 
@@ -33,7 +34,7 @@ def _on_cpu(items: Iterator[Any]) -> Iterator[Any]:
     """The items, each made on the CPU; the default device is the user's own again while one is used."""
     end = object()
     while True:
-        with torch.device("cpu"):
+        with made_on_cpu():
             item = next(items, end)
         if item is end:
             return

@@ -335,9 +335,10 @@ def image_transform(
         DataError: if c is neither 3 (colours) nor 1 (grey levels).
         UnknownName: if there is no such interpolation.
     """
-    import torch
     from timm.data import create_transform
     from torchvision.transforms import Compose, InterpolationMode
+
+    from ptee._common.devices import made_on_cpu
 
     if input_size[0] not in (1, 3):
         raise DataError(
@@ -348,7 +349,7 @@ def image_transform(
         raise unknown("interpolation", interpolation, modes)
     args: dict[str, Any] = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std), "crop_pct": 1.0}
     convert = partial(_convert, mode="RGB" if input_size[0] == 3 else "L")
-    with torch.device("cpu"):  # it keeps mean and std as tensors
+    with made_on_cpu():  # it keeps mean and std as tensors
         return Compose([convert, create_transform(input_size, is_training=False, **args)])
 
 

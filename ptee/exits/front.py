@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptee._common.devices import made_on_cpu
 from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.arithmetic import keeps_rows_apart
 from ptee.analysis.classifier import logits_of
@@ -98,7 +99,7 @@ class FrontHead(ExitHead):
             hold = Attachment(module, {})
         finally:
             state.restore(module)
-        with torch.device("cpu"):  # as other heads
+        with made_on_cpu():  # as other heads
             super().__init__(Layout("bchw", *images.input_size), nn.Identity(), num_classes, num_classes)
             self.confidence = nn.Linear(num_classes + 1, 1)
             self._prepare = Prepare(images, network.input)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ptee._common.devices import threads
+from ptee._common.devices import made_on_cpu, threads
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.process import no_stdout, own_random_numbers
 from ptee._common.progress import Log, with_bar
@@ -121,7 +121,7 @@ def train_demo_network(data: Data, file: Path, log: Log) -> None:
     from safetensors.torch import save_file
 
     with own_random_numbers(SEED):
-        with torch.device("cpu"):
+        with made_on_cpu():
             net = load_backbone(MODEL, pretrained=False, **VIEW).module.train()
         net.to(memory_format=torch.channels_last)  # faster on CPUs
         every: Any = data.train

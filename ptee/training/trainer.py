@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ptee._common.devices import accelerator_on, no_autocast, require_launch
+from ptee._common.devices import accelerator_on, made_on_cpu, no_autocast, require_launch
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line, warn
 from ptee._common.files import as_path
 from ptee._common.process import own_random_numbers
@@ -346,7 +346,7 @@ class _Training:
         self.accelerator.unwrap_model(self.step).share = share
         result = self._judge(batch, labels, self.step)
         self.accelerator.backward(result.loss if share is None else result.loss * share.weight)
-        with torch.device("cpu"):  # where it counts its steps, whatever torch's default device is
+        with made_on_cpu():  # where it counts its steps
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from ptee._common import devices
-from ptee._common.devices import LAUNCH, accelerator_on, process_state, require_one_process, resolve_device
+from ptee._common.devices import LAUNCH, accelerator_on, made_on_cpu, process_state, require_one_process, resolve_device
 from ptee._common.errors import DeviceError, PteeError
 
 
@@ -19,6 +20,19 @@ def test_the_cpu_is_always_there():
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
     with pytest.raises(DeviceError, match=rf"There is no device '{name}' on this machine\. Possible: cpu"):
         resolve_device(name)
+
+
+def test_what_is_made_on_the_cpu_lies_there_whatever_the_default_device():
+    with torch.device("meta"):
+        with made_on_cpu():
+            assert torch.empty(1).device.type == "cpu"
+        assert torch.empty(1).device.type == "meta"
+
+
+@pytest.mark.cpu("there is a default device")
+def test_where_the_cpu_is_the_default_no_device_is_set_for_what_is_made():
+    with made_on_cpu():
+        assert not _get_current_function_mode_stack()
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

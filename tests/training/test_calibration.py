@@ -242,7 +242,7 @@ def test_batches_of_any_size_a_loader_and_inference_mode_give_the_same(images):
 
 def test_the_seed_draws_the_order_of_a_loader_and_a_second_calibration_replaces_the_first(model, images):
     data = DataLoader(unlabelled(images), 64, shuffle=True)
-    torch.set_default_device("cpu")  # elsewhere such a loader needs a generator of its own
+    torch.set_default_device(None)  # elsewhere such a loader needs a generator of its own
     calibrate(model, data, seed=3)
     first = model.calibrated
     calibrate(model, data, seed=3)

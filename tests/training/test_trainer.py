@@ -115,7 +115,7 @@ def test_a_cosine_schedule_needs_a_loader_with_a_length():
 
 def test_the_callers_random_numbers_are_left_alone():
     model = made()
-    torch.set_default_device("cpu")  # elsewhere such a loader needs a generator of its own
+    torch.set_default_device(None)  # elsewhere such a loader needs a generator of its own
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     fit(model, DataLoader(data(), 16, shuffle=True))
     assert torch.equal(torch.get_rng_state(), states[0])

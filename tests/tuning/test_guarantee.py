@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 @pytest.fixture(autouse=True)
 def on_the_cpu(device: torch.device) -> None:
     """Traces lie there, wherever the network ran."""
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 def guaranteed(traces: Traces, target: Target = DROP, **how):

@@ -30,7 +30,7 @@ TOLERANCE = 1e-9
 @pytest.fixture(autouse=True)
 def on_the_cpu(device: torch.device) -> None:
     """Traces lie there, wherever the network ran."""
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 def random_traces(seed: int, exits: int, n: int, levels: int = 8) -> Traces:
