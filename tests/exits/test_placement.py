@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def test_fed_with_shares_of_parameters_the_rules_give_the_tables_of_the_thesis(r
     assert differences == expected
 
 
-@pytest.mark.parametrize(("rule", "depth"), THESIS, ids=[f"{rule} ResNet-{depth}" for rule, depth in THESIS])
+@pytest.mark.parametrize(("rule", "depth"), [case if case[1] <= 44 else slow(*case) for case in THESIS])
 def test_placed_by_parameters_exits_stand_where_the_thesis_has_them_with_their_operations_beside_that(rule, depth):
     published = THESIS[rule, depth]
     network = CifarResNet(depth, shortcut="conv")

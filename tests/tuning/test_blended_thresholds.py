@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow
 from device import drawn
 from learning import data, made
 from torch import Tensor
@@ -301,17 +302,17 @@ def with_wrong(wrong: int, n: int = 200) -> Traces:
 @pytest.mark.parametrize("answers", ["own", "blended", "auto"])
 @pytest.mark.parametrize("one_threshold", [False, True])
 @pytest.mark.parametrize("margin", [0.01, "auto"])
-def test_the_refusal_of_a_gain_that_is_out_of_reach_names_one_that_is_not(answers, one_threshold, margin):
+@pytest.mark.parametrize("seed", [0, *map(slow, (1, 2))])
+def test_the_refusal_of_a_gain_that_is_out_of_reach_names_one_that_is_not(answers, one_threshold, margin, seed):
     how = {"answers": answers, "one_threshold": one_threshold}
-    for seed in range(3):
-        with pytest.raises(PteeError) as refusal:
-            solve(traces(seed), Target("max_drop", -0.3), margin=margin, **how)
-        said = re.search(
-            r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+) or more(, with margin=0)?\.$",
-            str(refusal.value),
-        )
-        gain, limit = map(float, said.groups()[:2])
-        reserve = 0.0 if margin == "auto" else margin
-        assert limit == pytest.approx(reserve - gain, abs=2e-4)
-        assert bool(said[3]) == (margin == "auto" and limit < 0)
-        solve(traces(seed), Target("max_drop", limit), margin=0.0 if said[3] else margin, **how)
+    with pytest.raises(PteeError) as refusal:
+        solve(traces(seed), Target("max_drop", -0.3), margin=margin, **how)
+    said = re.search(
+        r"the exits gain ([\d.]+) at most.*Give max_drop=(-?[\d.]+) or more(, with margin=0)?\.$",
+        str(refusal.value),
+    )
+    gain, limit = map(float, said.groups()[:2])
+    reserve = 0.0 if margin == "auto" else margin
+    assert limit == pytest.approx(reserve - gain, abs=2e-4)
+    assert bool(said[3]) == (margin == "auto" and limit < 0)
+    solve(traces(seed), Target("max_drop", limit), margin=0.0 if said[3] else margin, **how)
