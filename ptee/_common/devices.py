@@ -68,7 +68,7 @@ def made_on_cpu() -> AbstractContextManager[Any]:
 
     Where that is the CPU anyhow, nothing is set: with a device set, each call of torch takes longer.
     """
-    default = torch.empty(0).device  # torch 2.9's get_default_device fails after set_default_device(None)
+    default = torch.empty(0, device=None).device  # torch 2.9's get_default_device fails after set_default_device(None)
     return nullcontext() if default.type == "cpu" else torch.device("cpu")
 
 
