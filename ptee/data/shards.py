@@ -27,6 +27,7 @@ from ptee.data.splits import parts_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
 ENDINGS = {TAR: (".tar",), PARQUET: (".parquet",), PICTURES: EXTENSIONS}
+WORDS = {TAR: "shard", PARQUET: "table", PICTURES: "picture"}
 PART_BYTES = 64 * 2**20  # of a part's files, at least
 PARTS = 16  # at most, unless the files are few
 CLS, JSON, TEXT = LABEL_FILES = ("cls", "json", "txt")  # endings of what may hold a label in a shard
@@ -115,7 +116,7 @@ def find_source(source: str | Path) -> Source:
             return _of_classes(path)
         if found and (kind != PICTURES or path.is_dir()):
             names = _names_of_labels(top / found[0]) if kind == PARQUET else ()
-            return _made(top, kind, found, class_names=names)
+            return _made(top, kind, found, class_names=names, not_read=_beside(kind, files))
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
 
 
@@ -126,6 +127,12 @@ def _require_one_part(top: Path) -> None:
         one = next(name for name, part in parts.items() if part != "train")
         text = f"{top} holds {some(list(parts))}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
         raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
+
+
+def _beside(kind: str, files: Sequence[str]) -> tuple[str, ...]:
+    """Files of the other kinds, in words."""
+    found = {other: sum(file.lower().endswith(ENDINGS[other]) for file in files) for other in ENDINGS if other != kind}
+    return tuple(f"{n:,} {WORDS[other]}{'s' * (n != 1)} beside the {WORDS[kind]}s" for other, n in found.items() if n)
 
 
 def _listed(top: Path) -> list[str]:

@@ -142,6 +142,20 @@ def test_numbers_that_hugging_faces_schema_names_are_given_as_names(tmp_path):
         read(tmp_path)
 
 
+def test_pictures_and_tables_beside_shards_are_not_read_and_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("b.parquet", "1.png", "cat/2.jpg"):
+        (tmp_path / name).write_bytes(b"one")
+    assert find_source(tmp_path / "b.parquet").not_read == ()
+    for shards, rest in (
+        (False, ("2 pictures beside the tables",)),
+        (True, ("1 table beside the shards", "2 pictures beside the shards")),
+    ):
+        if shards:
+            shard(tmp_path / "a.tar", range(1))
+        assert find_source(tmp_path).not_read == rest
+
+
 @pytest.mark.parametrize("what", ["pipe", "link"])
 def test_what_is_named_like_a_picture_and_is_no_file_is_refused_by_name(what, tmp_path):
     (tmp_path / "cat").mkdir()
