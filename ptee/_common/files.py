@@ -1,4 +1,4 @@
-"""Files and paths: what a value means as a path, hashes, sizes, and JSON for people and programs."""
+"""Files and paths: what a value means as a path, hashes, sizes, who compressed a file, and JSON for people and programs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ptee._common.text import escaped
 
 LONGEST_KEY = 60  # of JSON, in a message
 DEEPEST = 100  # objects and lists of JSON inside one another; how many Python can read depends on its version
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]')  # strings, whole, and brackets
 
 
@@ -71,6 +72,16 @@ def file_hash(path: Path) -> str:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def packed_by(path: Path) -> str:
+    """The program that compressed a file, or an empty text."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(6)
+    except OSError:
+        return ""
+    return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
 
 
 def require_not_compressed(path: Path, archive: zipfile.ZipFile) -> None:

@@ -13,7 +13,6 @@ from ptee._common.errors import DataError
 from ptee._common.files import expanded, require_utf8
 
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 TAR_BLOCK_BYTES, READ_BYTES = 512, 2**20
 FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
 
@@ -110,16 +109,6 @@ def not_listed(why: OSError) -> DataError:
     return DataError(
         f"Folder '{why.filename}' cannot be read ({why.strerror}): change its permissions, or move it away."
     )
-
-
-def packed_by(path: Path) -> str:
-    """The program that compressed a file, or an empty text."""
-    try:
-        with path.open("rb") as stream:
-            begin = stream.read(6)
-    except OSError:
-        return ""
-    return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
 
 
 def tar_members(

@@ -120,6 +120,25 @@ def hooked(
         yield
 
 
+@contextmanager
+def sparing(module: nn.Module, images: Tensor) -> Iterator[None]:
+    """Meanwhile a module that writes into its images writes into a copy: who gives the same images again means the same.
+
+    Args:
+        module: tried on one image first; one that does not write gets what is given.
+        images: (b, c, h, w) such as it takes.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference do not count what is written into them
+        image = images[:1].clone()
+        before = image._version
+        module(image)
+    with ExitStack() as hooks:
+        if image._version != before:
+            copied = module.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:]))
+            hooks.callback(copied.remove)
+        yield
+
+
 class Attachment:
     """Keeps a module frozen, with hooks on it, until `release` is called or this object is gone.
 

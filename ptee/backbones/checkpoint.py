@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import Argument, BackboneError, first_line, some
-from ptee._common.files import from_json, require_not_compressed
-from ptee._common.listing import packed_by
+from ptee._common.files import from_json, packed_by, require_not_compressed
 from ptee._common.process import alone
 from ptee.backbones.record import require_weights
 

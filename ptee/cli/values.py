@@ -197,7 +197,7 @@ def refuse_given(options: Iterable[str], why: str) -> None:
 
 def remark_on(threshold: Any) -> None:
     """Print what is odd about thresholds, if anything is."""
-    from ptee.tuning.config import remark
+    from ptee.exits.config import remark
 
     if words := remark([threshold] if isinstance(threshold, int | float) else threshold):
         click.echo(words, err=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import DataError, some
+from ptee._common.files import packed_by
 from ptee._common.listing import (
     LAYOUTS,
     is_hidden,
     not_listed,
-    packed_by,
     refuse_broken_link,
     subfolders,
     tar_members,

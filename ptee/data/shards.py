@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
-from ptee._common.files import expanded, require_utf8
+from ptee._common.files import expanded, from_json, require_utf8
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import EXTENSIONS, files_below, list_files
 from ptee.data.parts import arrow
@@ -27,9 +27,10 @@ from ptee.data.splits import parts_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
 ENDINGS = {TAR: (".tar",), PARQUET: (".parquet",), PICTURES: EXTENSIONS}
+WORDS = {TAR: "shard", PARQUET: "table", PICTURES: "picture"}
 PART_BYTES = 64 * 2**20  # of a part's files, at least
 PARTS = 16  # at most, unless the files are few
-LABEL = "cls"  # the ending of a label in a shard
+CLS, JSON, TEXT = LABEL_FILES = ("cls", "json", "txt")  # endings of what may hold a label in a shard
 KEYS = ("key", "__key__", "id", "path", "file_name")  # columns that name an image
 LABELS = ("label", "cls", "class", "fine_label")
 IMAGES = ("image", "img", "png", "jpg", "jpeg", "bytes")
@@ -45,7 +46,7 @@ class Sample(NamedTuple):
     image: bytes
     label: int
     class_name: str
-    in_folder: bool = False  # the name is that of the folder around it, which need not be a class
+    unsure: bool = False  # the name is that of the folder around it, or a text beside it, which need not be a class
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def find_source(source: str | Path) -> Source:
             return _of_classes(path)
         if found and (kind != PICTURES or path.is_dir()):
             names = _names_of_labels(top / found[0]) if kind == PARQUET else ()
-            return _made(top, kind, found, class_names=names)
+            return _made(top, kind, found, class_names=names, not_read=_beside(kind, files))
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
 
 
@@ -126,6 +127,12 @@ def _require_one_part(top: Path) -> None:
         one = next(name for name, part in parts.items() if part != "train")
         text = f"{top} holds {some(list(parts))}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
         raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
+
+
+def _beside(kind: str, files: Sequence[str]) -> tuple[str, ...]:
+    """Files of the other kinds, in words."""
+    found = {other: sum(file.lower().endswith(ENDINGS[other]) for file in files) for other in ENDINGS if other != kind}
+    return tuple(f"{n:,} {WORDS[other]}{'s' * (n != 1)} beside the {WORDS[kind]}s" for other, n in found.items() if n)
 
 
 def _listed(top: Path) -> list[str]:
@@ -232,16 +239,39 @@ def _split(name: str) -> tuple[str, str]:
 
 def is_wanted(ending: str) -> bool:
     """Whether a member of a shard is a picture or a label."""
-    return ending.lower() == LABEL or f".{ending.lower()}" in EXTENSIONS
+    return ending.lower() in LABEL_FILES or is_picture(ending)
+
+
+def is_picture(ending: str) -> bool:
+    """Whether a member of a shard is a picture."""
+    return f".{ending.lower()}" in EXTENSIONS
 
 
 def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
     """The sample of some members of a shard, if one is a picture."""
-    pictures = [ending for ending in members if ending != LABEL]
+    pictures = [ending for ending in members if is_picture(ending)]
     if pictures:
-        label, class_name = read_label(key, members.get(LABEL))
-        folder = "" if label >= 0 or class_name else _folder_of(key.partition("/")[2])
-        yield Sample(key, members[pictures[0]], label, class_name or folder, bool(folder))
+        yield Sample(key, members[pictures[0]], *_label_of(key, members))
+
+
+def _label_of(key: str, members: Mapping[str, bytes]) -> tuple[int, str, bool]:
+    """The label, the name and `unsure` of a sample. A text beside it counts last, as it may be a caption."""
+    number, name = read_label(key, members[CLS] if CLS in members else _field(key, members.get(JSON, b"{}")))
+    if number >= 0 or name:
+        return number, name, False
+    if folder := _folder_of(key.partition("/")[2]):
+        return number, folder, True
+    number, name = read_label(key, members.get(TEXT, b"").decode(errors="replace"))
+    return number, name, bool(name)
+
+
+def _field(key: str, content: bytes) -> Any:
+    """The label in what JSON says of a picture; None if there is none."""
+    try:
+        said = from_json(content.decode())
+    except (ValueError, RecursionError) as why:
+        raise DataError(f"{key}.{JSON} is no JSON that can be read: {first_line(why)}") from why
+    return next((said[name] for name in LABELS if name in said), None) if isinstance(said, dict) else None
 
 
 def read_label(key: str, value: Any) -> tuple[int, str]:

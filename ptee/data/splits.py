@@ -183,7 +183,7 @@ def _labels_at_hand(part: Any) -> Any:
     if isinstance(part, TensorDataset):
         labels = part.tensors[1] if len(part.tensors) == 2 else []
     else:
-        labels = getattr(part, "targets", [])
+        labels = getattr(part, "targets", [])  # what data sets of torchvision call them, and users' own after them
     plain = isinstance(labels, list | tuple | torch.Tensor) and len(labels) == len(part)
     labels = torch.as_tensor(labels, device="cpu").flatten().tolist() if plain and _are_numbers(labels) else []
     return labels if len(labels) == len(part) else []

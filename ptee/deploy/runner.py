@@ -9,9 +9,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from ptee._common.text import type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
+from ptee.exits.config import doubt, threshold_numbers, wrong_number
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -60,30 +59,27 @@ class Runner:
 
     @property
     def threshold(self) -> list[float]:
-        """T of each exit. Set it at any time, to one number or one for each exit."""
+        """T of each exit. Set it at any time, to one number or one for each exit; what may be one is as for `EarlyExitModel`."""
         return self._thresholds.tolist()
 
     @threshold.setter
     def threshold(self, value: Any) -> None:
         wide = self._each(value)
         if wide.ndim != 1:
-            raise PteeError(
-                f"Give one number, or one for each of the {len(self.manifest.exits)} exits, not {value!r:.60}."
-            )
+            raise wrong_number(" x ".join(map(str, wide.shape)), len(self.manifest.exits))
         self._thresholds = wide
 
     def _each(self, value: Any) -> np.ndarray:
         """(E,) or (b, E) thresholds."""
-        exits = len(self.manifest.exits)
+        exits, given = len(self.manifest.exits), threshold_numbers(value)
+        if given.ndim < 2 and (words := doubt(given.ravel().tolist())):
+            warn(words)
         try:
-            given = _numbers(value).astype(np.float64)
             wide = np.broadcast_to(given, (*given.shape[:-1], exits))
-        except (TypeError, ValueError) as why:
-            raise PteeError(f"Thresholds are one number, or one for each of the {exits} exits, not {value!r}.") from why
-        if np.isnan(wide).any() or wide.ndim > 2:
-            raise PteeError(
-                f"Thresholds {value!r} are not possible: give one number, or one for each of the {exits} exits."
-            )
+        except ValueError as why:
+            raise wrong_number(str(given.shape[-1]), exits) from why
+        if wide.ndim > 2:
+            raise wrong_number(" x ".join(map(str, given.shape)), exits)
         return wide
 
     def __call__(self, x: Array) -> Array:
@@ -205,19 +201,6 @@ class Runner:
     def _pixels(self, picture: Any) -> np.ndarray:
         m = self.manifest
         return model_input(picture, m.input_size, m.mean, m.std, m.interpolation)
-
-
-def _numbers(value: Any) -> np.ndarray:
-    """Numbers, lists of them, arrays or tensors as an array. Raises TypeError for truth values, texts and what else is no number."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.double() if value.is_floating_point() else value  # numpy has no bfloat16
-    found = np.asarray(value)
-    if found.dtype == object and all(isinstance(v, Real | Decimal) and not isinstance(v, bool) for v in found.flat):
-        return found.astype(np.float64)
-    if found.dtype.kind not in "iuf":
-        raise TypeError(f"{found.dtype} is no number")
-    return found
 
 
 @checked

@@ -28,8 +28,8 @@ OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; st
 CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 RECORD_AGAIN: Advice = (
-    "Names get other numbers by ptee trace with --overwrite and --classes FILE, which names the backbone's classes in its order. Labels "
-    "that are numbers must be mended where they stand.",
+    "Names get other numbers by ptee trace or ptee cache with --overwrite and --classes FILE, which names the backbone's classes in its "
+    "order. Labels that are numbers must be mended where they stand.",
 )
 TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 

@@ -91,7 +91,7 @@ def compare(
     first = _of_one_backbone(models)
     for name, model in product(set(wanted) & set(CONFIDENCES), models.values()):
         find_confidence(name, model.calibrated)  # refuse before anything takes long
-    networks = {name: _network(name, given, first) for name, given in (static or {}).items()}
+    networks = {name: smaller_network(name, given, first) for name, given in (static or {}).items()}
     unit = _unit(times, [*models, *networks])
     parts = (calibration, report)
     if same_images(*parts):
@@ -212,7 +212,8 @@ def _input(model: EarlyExitModel) -> list[tuple[float, ...]]:
     return [tuple(images.input_size), tuple(images.mean), tuple(images.std)]
 
 
-def _network(name: str, given: str | nn.Module | Backbone, model: EarlyExitModel) -> Backbone:
+def smaller_network(name: str, given: str | nn.Module | Backbone, model: EarlyExitModel) -> Backbone:
+    """A smaller classifier of the same classes, ready to be compared with a model."""
     if not isinstance(given, Backbone):
         own = model.origin.input
         like: dict[str, Any] = {"input_size": own.input_size, "mean": own.mean, "std": own.std}

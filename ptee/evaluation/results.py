@@ -15,6 +15,7 @@ from ptee._common.clock import in_turns, ratio, spread
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
+from ptee.analysis.freezing import sparing
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
@@ -80,8 +81,9 @@ def evaluate(
         rows, leaving = _rows(view, traces)
         images, differ = traces.sample.to(place), 0.0
         if speed or (speed is None and recorded(data) is None):
-            images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
-            rows, differ = _timed(view, images, rows, batch_size, speed_seconds)
+            with sparing(view.backbone, images):
+                images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
+                rows, differ = _timed(view, images, rows, batch_size, speed_seconds)
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +20,7 @@ PLUS = "+"  # behind the name of a head that builds on the exit before
 LEARNED, MAX_PROB, CALIBRATED = "learned", "max_prob", "calibrated"  # names of confidences
 OWN, BLENDED = "own", "blended"  # kinds of answers
 NEVER, ALWAYS = 2.0, 0.0  # thresholds that no confidence reaches, and that every finite one does
+PERCENTAGE = 10  # a threshold above it was meant as a percentage
 # What there is by name. Their modules, which need torch, put in what each name stands for, and what a user registers.
 HEADS: dict[str, Any] = dict.fromkeys(("plain", "pool", "bnpool", "conv1", "conv2", "conv3"))
 CONFIDENCES: dict[str, Any] = dict.fromkeys((LEARNED, MAX_PROB, "entropy", "margin", "patience", CALIBRATED))
@@ -127,6 +131,59 @@ def require_confidence(name: str | None) -> None:
     """Refuse a confidence that there is not."""
     if name is not None and name not in CONFIDENCES:
         raise unknown("confidence", str(name), CONFIDENCES, argument="confidence")
+
+
+def threshold_numbers(value: Any) -> Any:
+    """Thresholds as numpy's array of float64: a number, or lists, arrays or tensors of them. Any number is a threshold but NaN.
+
+    Above 1 nobody leaves, and below 0 is as 0. Texts, truth values and what else is no number are refused.
+    """
+    import numpy as np
+
+    try:
+        found = value if isinstance(value, np.ndarray) else np.array(_of_torch(value), dtype=object)
+        of_numbers = found.dtype.kind in "iuf"  # else look at each
+        if not of_numbers and not all(isinstance(v, Real | Decimal) and not isinstance(v, bool) for v in found.flat):
+            raise TypeError("not only numbers")
+        found = found.astype(np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as why:
+        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {value!r:.200}."
+        raise PteeError(text, argument="threshold", value=value) from why
+    if np.isnan(found).any():
+        raise not_a_number(value)
+    return found
+
+
+def _of_torch(value: Any) -> Any:
+    """Tensors, also in lists, as numbers of Python."""
+    if hasattr(value, "detach"):
+        return value.detach().cpu().tolist()
+    return [_of_torch(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def not_a_number(value: Any) -> PteeError:
+    """The error of thresholds among which there is NaN."""
+    text = "A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7."
+    return PteeError(text, argument="threshold", value=value)
+
+
+def doubt(threshold: Sequence[float] | None) -> str | None:
+    """A sentence about thresholds that were meant as percentages: h lies between 0 and 1. Others above 1 are a way to say never."""
+    percent = [n for n, t in enumerate(threshold or ()) if PERCENTAGE < t <= 100]
+    if not threshold or not percent:
+        return None
+    meant = ",".join(f"{t / 100 if n in percent else t:g}" for n, t in enumerate(threshold))
+    at = f" at exit {' and '.join(map(str, percent))}" if min(threshold) <= 1 else ""
+    return f"T above 1: nobody leaves{at}. A confidence lies between 0 and 1: did you mean {meant}?"
+
+
+def remark(threshold: Sequence[float] | None) -> str | None:
+    """The same, or a sentence about thresholds at which every image leaves at exit 0, or none leaves."""
+    if threshold and min(threshold) > 1:
+        return doubt(threshold) or "T above 1: nobody leaves."
+    if threshold and threshold[0] <= 0:
+        return doubt(threshold) or "T at or below 0: everybody leaves at exit 0."
+    return doubt(threshold)
 
 
 def wrong_number(thresholds: str, exits: int) -> PteeError:

@@ -124,8 +124,8 @@ class EarlyExitModel(
         """T of each exit; a row leaves at the first exit n with h_n >= T_n.
 
         Set it at any time, to one number or to one for each exit. Above 1 no row leaves. At 0 every row leaves, except
-        one whose confidence is not finite: it never leaves. Below 0 is as 0. Raises PteeError for NaN and for a wrong number
-        of values.
+        one whose confidence is not finite: it never leaves. Below 0 is as 0. Raises PteeError for NaN, for what is no number and for a
+        wrong number of values. Warns of what was meant as a percentage, such as 70.
         """
         return list(self._thresholds)
 

@@ -12,19 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptee._common.errors import PteeError
-from ptee.exits.config import wrong_number
+from ptee._common.errors import PteeError, warn
+from ptee.exits.config import doubt, not_a_number, threshold_numbers, wrong_number
 
 Thresholds = float | Sequence[float] | Tensor
 
 
 def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
-    """T_0 .. T_{E-1}, from one number or one for each exit. Refuses NaN, what is no number, and a wrong number of values."""
+    """T_0 .. T_{E-1}, from one number or one for each exit. Refuses NaN, what is no number, and a wrong number of values.
+
+    Warns of what was meant as a percentage; so does `for_each_row`.
+    """
     given = _as_tensor(threshold)
     if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
         many = " x ".join(map(str, given.shape))
         raise wrong_number(many, exits)
     _refuse_nan(given)
+    _doubt(given.flatten().tolist())
     return tuple(given.expand(1, exits)[0].tolist())
 
 
@@ -41,6 +45,7 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
         )  # fmt: skip
     _refuse_nan(wide)
     if wide.dim() < 2 and wide.device.type == "cpu":
+        _doubt(wide.flatten().tolist())
         return wide.expand(exits).tolist()
     here = _moved(wide, device)  # one transfer for all exits
     return list(here.expand(exits).unbind() if here.dim() < 2 else here.expand(rows, exits).unbind(1))
@@ -64,22 +69,21 @@ def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
 
 
 def _as_tensor(threshold: Thresholds) -> Tensor:
-    try:
-        given = threshold if isinstance(threshold, Tensor) else torch.as_tensor(threshold, device="cpu")
-        if given.dtype == torch.bool or given.is_complex():
-            raise TypeError(f"{given.dtype} is no threshold")
-        if not isinstance(threshold, Tensor):
-            return torch.as_tensor(threshold, dtype=torch.float64, device="cpu")  # not rounded to float32 first
-    except (TypeError, ValueError, RuntimeError) as why:
-        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}."
-        raise PteeError(text, argument="threshold", value=threshold) from why
-    return given.detach() if given.is_floating_point() else given.to(_widest(given.device))
+    """Tensors stay in their place and type, but for whole numbers; all else becomes float64, not rounded to float32 first."""
+    if isinstance(threshold, Tensor) and threshold.is_floating_point():
+        return threshold.detach()
+    given = torch.from_numpy(threshold_numbers(threshold))
+    return given.to(threshold.device, _widest(threshold.device)) if isinstance(threshold, Tensor) else given
 
 
 def _refuse_nan(threshold: Tensor) -> None:
     if threshold.isnan().any():
-        text = "A threshold is NaN: no confidence can be compared with it. Give numbers, such as 0.7."
-        raise PteeError(text, argument="threshold", value=threshold)
+        raise not_a_number(threshold)
+
+
+def _doubt(threshold: list[float]) -> None:
+    if words := doubt(threshold):
+        warn(words)
 
 
 def _moved(threshold: Tensor, device: torch.device) -> Tensor:

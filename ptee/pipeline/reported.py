@@ -18,7 +18,7 @@ from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee._common.writing import require_page, require_writable, settle
 from ptee.data.splits import Unseen, parts_for_all
-from ptee.evaluation.comparison import DROPS
+from ptee.evaluation.comparison import DROPS, smaller_network
 from ptee.evaluation.comparison_lines import LINES
 from ptee.evaluation.comparison_table import Comparison
 from ptee.exits.times import BatchTimes
@@ -36,9 +36,9 @@ from ptee.report.gallery import picture
 from ptee.report.page import write_page
 from ptee.report.pictures import require_kaleido, write_figures
 from ptee.report.reported import Reported
-from ptee.timing.settings import AUTO, FILE
+from ptee.timing.settings import AUTO, FILE, require_kept_times
 from ptee.timing.times import read_times
-from ptee.tuning.config import AT_BATCH
+from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME, ThresholdsConfig
 from ptee.tuning.traces import Traces, record
 
 
@@ -158,6 +158,9 @@ def write_report(
     static: Mapping[str, str | nn.Module] | None = None,
     drops: Sequence[float] = DROPS,
     lines: Sequence[str] = LINES,
+    cost: str = OPERATIONS,
+    at_batch: int = AT_BATCH,
+    executor: str = AUTO,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: str | torch.device | None = None,
@@ -174,9 +177,12 @@ def write_report(
         class_names: in the order of the backbone's classes.
         pictures: show some of the images.
         figures: a folder; each figure is written there as SVG and PNG, too.
-        static: as of `ptee.compare`, like all that follow.
+        static: as of `ptee.compare`, like all that follow but for the next three after `lines`.
         drops: allowed drops.
         lines: lines of the model.
+        cost: "operations", or "time": seconds, which the folder of a run keeps (`ptee.fit(cost="time")`, `ptee bench RUN --save`).
+        at_batch: images in a batch, for the cost in time.
+        executor: what runs the model, for the cost in time: "auto" or one that was measured.
         batch_size: of images.
         num_workers: processes that load images.
         device: None: where the model is.
@@ -193,6 +199,7 @@ def write_report(
         require_writable(folder)
         require_kaleido()
     saved = str(model) if isinstance(model, str | Path) else ""
+    _require_times(saved, cost, at_batch, executor)
     opened = load(model, backbone=backbone) if isinstance(model, str | Path) else model
     require_early_exit(opened)
     if class_names and len(class_names) != opened.num_classes:
@@ -202,14 +209,30 @@ def write_report(
     data = from_data_sets(None, val_data, calibration_data, seed=split.get("seed", 0), report_only=True)
     data = replace(data, split=data.split | {"classes": list(class_names)})
     unseen = Unseen(saved, data, data.validation, data.split["seed"])
-    how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    how |= {"static": static, "drops": drops, "lines": lines, "pictures": pictures}
+    how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "static": static}
+    if cost == TIME:
+        home = next(opened.heads.parameters()).device
+        how |= {"cost": cost, "at_batch": at_batch, "executor": executor, "device": home if device is None else device}
+        how["static"] = {name: smaller_network(name, given, opened) for name, given in (static or {}).items()}
+    how |= {"drops": drops, "lines": lines, "pictures": pictures}
     run = OpenRun(opened, unseen, "", "" if has_labels(data) else "The images have no labels, so there is no accuracy.")
     said, _ = reported({"model": run}, {"model": saved}, log=silent, **how)
     parts = write_page(replace(said, in_python=True), place)
     if folder is not None:
         write_figures(parts, folder)
     return place
+
+
+def _require_times(saved: str, cost: str, at_batch: int, executor: str) -> None:
+    """Refuse costs that there are not, and costs in seconds where no folder keeps any."""
+    how = {"at_batch": at_batch, "executor": executor}
+    by = ThresholdsConfig(cost=cost, **how)
+    by.require_used(name for name, value in how.items() if value != ThresholdsConfig.model_fields[name].default)
+    if cost == TIME and not saved:
+        text = " needs times, which the folder of a run keeps. Give the folder in place of the model."
+        raise PteeError(Argument("cost", repr(cost)), text, argument="cost", value=cost)
+    if cost == TIME:
+        require_kept_times(Path(saved))
 
 
 def class_names(run: OpenRun) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import ConcatDataset
 
 from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
@@ -138,8 +137,8 @@ def open_run(
         labels.require_accuracy(Argument("max_drop", str(max_drop)), Argument("max_fidelity_drop", str(max_drop)))
     images, words = images_to_report_on(found, recorded, run)
     known = labels.indices is not None
-    # of a source without parts all images count, not those alone that were drawn for validation
-    lacking = "" if isinstance(images, ConcatDataset) else without_images(found, model.num_classes)
+    # of a source without parts all images may count, not those alone that were drawn for validation
+    lacking = without_images(found, model.num_classes) if images is found.validation else ""
     accuracy = (
         f"{describe_labels(labels, word)} {lacking}".rstrip() if known else f"{labels.reason} So there is no accuracy."
     )

@@ -12,6 +12,7 @@ from ptee._common.files import as_path
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.parts import parts_writer
 from ptee.data.shards import Source, find_source, samples
+from ptee.evaluation.class_order import labels_as_recorded
 from ptee.scale.trace import MAX_UNREADABLE, class_order, engine_of, fill, tell_labels, with_classes
 from ptee.scale.worker import Job, Worker, open_model
 from ptee.training.feature_cache import LIMIT, CacheFolder, amount, open_cache, what_heads_read
@@ -67,7 +68,10 @@ def cache(
         missing = 1 - len(writer.manifest.parts) / writer.manifest.planned
         _require_room(folder, size, round(missing * size), limit)
         fill(make, source, job, writer, workers=workers, log=log)
-    return open_cache(folder)
+    found = open_cache(folder)
+    if labels is None or not labels.doubt:  # now all images can tell
+        tell_labels(labels_as_recorded(model.origin, *found.backbone_answers()), log, word)
+    return found
 
 
 def _shapes(worker: Worker, source: Source) -> list[list[int]]:

@@ -24,7 +24,7 @@ from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import PartsWriter, arrow
 from ptee.data.shards import (
     EXTENSIONS,
-    LABEL,
+    LABEL_FILES,
     PARQUET,
     PICTURES,
     TAR,
@@ -142,7 +142,7 @@ def _told(why: BaseException, paths: Sequence[str], folder: Path) -> PteeError:
 
 
 def _webdataset(data: Any, paths: list[str]) -> Any:
-    wanted = [f"*.{LABEL}", *(f"*{ending}" for ending in EXTENSIONS)]
+    wanted = [*(f"*.{ending}" for ending in LABEL_FILES), *(f"*{ending}" for ending in EXTENSIONS)]
     return data.read_webdataset(
         paths, decoder=None, fileselect=wanted, include_paths=True
     )  # its decoder would unpickle

@@ -101,7 +101,7 @@ class Worker:
         if sample.label != UNKNOWN_LABEL or not sample.class_name:
             return sample.label
         number = (self.job.classes or {}).get(spelt(sample.class_name), UNKNOWN_LABEL)
-        if number == UNKNOWN_LABEL and not sample.in_folder:  # folders of no class hold images without labels
+        if number == UNKNOWN_LABEL and not sample.unsure:  # other folders and captions are no labels
             raise DataError(
                 f"{sample.key}: '{sample.class_name}' is no class that the run knows. Use its names, or name the backbone's classes "
                 "in its order in a file (", Argument("classes", "FILE"), ").",

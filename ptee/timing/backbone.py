@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee.analysis.cut_points import random_images
-from ptee.analysis.freezing import hooked, running_on
+from ptee.analysis.freezing import hooked, running_on, sparing
 from ptee.backbones.load import Backbone
 from ptee.exits.plan import TimesOfModules
 from ptee.timing.laps import MAX_SECONDS, Mark, in_turns
@@ -30,7 +30,8 @@ def time_of_modules(backbone: Backbone, device: torch.device, batch: int, *, rou
     module, names = backbone.module, dict[str, None]()
     with running_on(device, module):
         x = random_images(module, batch, backbone.input.input_size)
-        found = in_turns({"": [partial(_marked, module, x, names)]}, device, rounds, MAX_SECONDS)[""][0]
+        with sparing(module, x):
+            found = in_turns({"": [partial(_marked, module, x, names)]}, device, rounds, MAX_SECONDS)[""][0]
     total = sum(found)
     shares = dict(zip(names, (s / total for s in accumulate(found)), strict=False))
     return TimesOfModules(shares, total, unit_of(HOOKS, batch, device.type).replace(HOOKS, "as it is"))

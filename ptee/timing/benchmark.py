@@ -19,7 +19,7 @@ from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.text import table
-from ptee.analysis.freezing import hooked
+from ptee.analysis.freezing import hooked, sparing
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -138,7 +138,8 @@ def _times(model: EarlyExitModel, b: int, ways: Mapping[str, int], rounds: int) 
     }
     for way, leaving in ways.items():
         calls[way] = partial(model.predict, x, _threshold(model, b, leaving))
-    return in_turns(calls, x.device, rounds=rounds, seconds=MAX_SECONDS)
+    with sparing(model.backbone, x):
+        return in_turns(calls, x.device, rounds=rounds, seconds=MAX_SECONDS)
 
 
 def _threshold(model: EarlyExitModel, b: int, leaving: int) -> Any:

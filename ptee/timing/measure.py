@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ptee import __version__
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import type_name
-from ptee.analysis.freezing import one_parameter, running_on
+from ptee.analysis.freezing import one_parameter, running_on, sparing
 from ptee.backbones.load import Backbone
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
@@ -107,15 +107,16 @@ def measure(
         require_executor(name, device)
     rows = sizes_to_measure(checked_sizes(batch_sizes))
     view = all_on(model)
-    runs = {name: _run_of(name, view, rows[-1]) for name in wanted}
-    if executors is None and device.type == "cuda":
-        with suppress(PteeError):  # if the model cannot be taken apart
-            runs[GRAPHS] = _run_of(GRAPHS, view, rows[-1])
     images = {n: example_images(view, n) for n in rows}
-    laps: dict[Any, Any] = {(name, n): run.laps(images[n]) for n in rows for name, run in runs.items()}
-    found = in_turns(
-        laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
-    )
+    with sparing(view.backbone, images[rows[0]]):
+        runs = {name: _run_of(name, view, rows[-1]) for name in wanted}
+        if executors is None and device.type == "cuda":
+            with suppress(PteeError):  # if the model cannot be taken apart
+                runs[GRAPHS] = _run_of(GRAPHS, view, rows[-1])
+        laps: dict[Any, Any] = {(name, n): run.laps(images[n]) for n in rows for name, run in runs.items()}
+        found = in_turns(
+            laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
+        )
     like = one_parameter(view.backbone)
     return Times(
         device=device.type,
@@ -168,7 +169,8 @@ def measure_static(network: Backbone, model: EarlyExitModel, device: torch.devic
             ]
             for n in rows
         }
-        found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
+        with sparing(model.backbone, images[rows[0]]):
+            found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
     bare, head = (between(rows, [found[n][i][0] for n in rows], batch) for i in (0, 1))
     unit = unit_of(HOOKS, batch, device.type)
     return BatchTimes(torch.stack([torch.zeros_like(bare), bare]) / bare[-1], head[None] / bare[-1], 0.0, unit)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptee._common.clock import in_turns, noise, ratio, spread
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of, table
+from ptee.analysis.freezing import sparing
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
 from ptee.exits.config import ALWAYS, NEVER
@@ -167,10 +168,11 @@ def bench_run(
     every = [m.executor for m in times.executors]
     models: dict[str, tuple[Any, Any]] = {}
     same = not model.off and model.answers == OWN  # then the pieces are the same, and so are the thresholds
-    for name in every:
-        made = [m if name == HOOKS else in_pieces(name, m, most) for m in ([view] if same else [view, model])]
-        models[name] = made[0], made[-1]
-    lines = [line for b in with_bar(batch_sizes, SIZES) for line in _lines(models, times, b, images, rounds)]
+    with sparing(model.backbone, example_images(model, 1)):
+        for name in every:
+            made = [m if name == HOOKS else in_pieces(name, m, most) for m in ([view] if same else [view, model])]
+            models[name] = made[0], made[-1]
+        lines = [line for b in with_bar(batch_sizes, SIZES) for line in _lines(models, times, b, images, rounds)]
     return RunBench(times, tuple(lines), note or too_few(images, batch_sizes))
 
 

@@ -281,6 +281,15 @@ class CacheFolder:
             text = f"{self.folder} is a cache of another {key} ({before!s:.60}, and this model has {now!s:.60}). Make one of it: "
             raise DataError(f"{text}ptee cache RUN.")
 
+    def backbone_answers(self) -> tuple[Tensor, Tensor]:
+        """The backbone's answers (n,) and the labels (n,), -1 where there is none."""
+        answers, labels = [], []
+        for group in row_groups(self.folder, self.manifest, ["label", "logits"]):
+            logits = numbers(self.folder, group["logits"], self.manifest.about["classes"], np.float32)
+            answers.append(torch.from_numpy(logits.argmax(-1)))
+            labels.append(torch.from_numpy(numbers(self.folder, group["label"], 0, np.int32)).long())
+        return torch.cat(answers), torch.cat(labels)
+
     def opened(self, model: EarlyExitModel) -> Cache:
         """All of it, in memory or in a file without a name, in an order that does not depend on who wrote it."""
         self.require(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,6 @@ WORDS = {
     "max_fidelity_drop": "at most {:g} of the answers differ from the backbone's",
     "max_cost": "a mean cost of at most {:g}",
 }
-PERCENTAGE = 10  # a threshold above it was meant as a percentage
 HIGHEST_CONFIDENCE = 0.99999999  # p-values of a drop may be too large by 2e-9
 LARGEST_COST = 10  # times the backbone; more was meant as a percentage
 
@@ -276,19 +275,3 @@ class Promise:
 def below(drop: float) -> str:
     """A drop in words, before "the backbone's"."""
     return f"{-drop:.4f} above" if round(drop, 4) < 0 else f"{abs(drop):.4f} below"
-
-
-def remark(threshold: Sequence[float] | None) -> str | None:
-    """A sentence about thresholds at which every image leaves at exit 0, or none leaves: h lies between 0 and 1.
-
-    Also about a single one that was meant as a percentage. Others above 1 are a way to say never.
-    """
-    percent = [n for n, t in enumerate(threshold or ()) if PERCENTAGE < t <= 100]
-    if threshold and (percent or min(threshold) > 1):
-        parts = ",".join(f"{t / 100 if n in percent else t:g}" for n, t in enumerate(threshold))
-        meant = f" A confidence lies between 0 and 1: did you mean {parts}?" if percent else ""
-        at = f" at exit {' and '.join(map(str, percent))}" if min(threshold) <= 1 else ""
-        return f"T above 1: nobody leaves{at}.{meant}"
-    if threshold and threshold[0] <= 0:
-        return "T at or below 0: everybody leaves at exit 0."
-    return None

@@ -358,6 +358,8 @@ def _record_batch(
 ) -> tuple[Traces, Tensor]:
     """The traces of a batch, and (b,) bool for which images the backbone has no answer."""
     ready = model.prepared(images)
+    # now, as a network may write into its images; a slice alone would keep the whole batch
+    sample = images[:kept].to("cpu", ready.dtype, copy=True)
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
@@ -367,7 +369,7 @@ def _record_batch(
         every.confidence.cpu(),
         labels,
         torch.tensor(costs, dtype=torch.float64, device="cpu"),
-        images[:kept].to("cpu", ready.dtype, copy=True),  # a slice alone would keep the whole batch
+        sample,
         logits=compact(own.logits).cpu(),
         head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
         builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),

@@ -13,8 +13,8 @@ from shards import shard
 from ptee.scale import trace as scale_trace
 
 AGAIN = (
-    "it may know its classes in another order. Names get other numbers by ptee trace with --overwrite and --classes FILE, which names the "
-    "backbone's classes in its order. Labels that are numbers must be mended where they stand."
+    "it may know its classes in another order. Names get other numbers by ptee trace or ptee cache with --overwrite and --classes FILE, which "
+    "names the backbone's classes in its order. Labels that are numbers must be mended where they stand."
 )
 
 
@@ -129,6 +129,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
         "What the heads read of about 40 images takes about 1 MiB.",
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in cache. All of them have labels.",
+        f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
     ]
     assert_refused(
         run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"

@@ -56,7 +56,41 @@ def test_a_label_in_a_shard_is_a_number_or_a_name_or_none(text, label, name, tmp
     tar(tmp_path / "a.tar", {"dog/1.png": b"one", "dog/1.cls": text})
     (found,) = read(tmp_path)
     assert (found.label, found.class_name) == (label, name or ("dog" if label < 0 else ""))
-    assert found.in_folder is (found.class_name == "dog")
+    assert found.unsure is (found.class_name == "dog")
+
+
+@pytest.mark.parametrize(
+    ("members", "label", "name", "unsure"),
+    [
+        ({"1.json": b'{"label": 7, "caption": "a cat"}'}, 7, "", False),
+        ({"1.json": b'{"cls": "cat"}', "1.txt": b"8"}, -1, "cat", False),
+        ({"1.json": b'{"label": "cat"}', "1.cls": b"3"}, 3, "", False),
+        ({"1.txt": b"7\n"}, 7, "", False),
+        ({"1.txt": b"tabby cat\n"}, -1, "tabby cat", True),
+        ({"1.txt": b"caf\xe9"}, -1, "caf\ufffd", True),
+        ({"1.json": b'{"caption": "a cat"}', "1.seg.json": b'{"label": 7}', "1.index": b"7"}, -1, "", False),
+        ({"1.json": b'["cat"]'}, -1, "", False),
+    ],
+)
+def test_a_label_in_a_shard_may_stand_in_json_or_in_a_text_which_may_also_be_a_caption(
+    members, label, name, unsure, tmp_path
+):
+    tar(tmp_path / "a.tar", {"1.png": b"one"} | members)
+    assert read(tmp_path) == [Sample("a.tar/1", b"one", label, name, unsure)]
+
+
+def test_a_caption_beside_a_picture_in_a_class_folder_is_not_its_label(tmp_path):
+    tar(tmp_path / "a.tar", {"cat/1.png": b"one", "cat/1.txt": b"7"})
+    assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat", True)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"{", r"a\.tar/1\.json is no JSON"), (b'{"label": [7]}', r"a\.tar/1 has the label")]
+)
+def test_json_in_a_shard_that_gives_no_label_is_refused_with_its_name(content, said, tmp_path):
+    tar(tmp_path / "a.tar", {"1.png": b"one", "1.json": content})
+    with pytest.raises(DataError, match=said):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("label", [b"9" * 30, b"\xff"])
@@ -106,6 +140,20 @@ def test_numbers_that_hugging_faces_schema_names_are_given_as_names(tmp_path):
             assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == [(-1, "cat")]
     with pytest.raises(DataError, match="has the label 2, and its table names 2 classes"):
         read(tmp_path)
+
+
+def test_pictures_and_tables_beside_shards_are_not_read_and_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("b.parquet", "1.png", "cat/2.jpg"):
+        (tmp_path / name).write_bytes(b"one")
+    assert find_source(tmp_path / "b.parquet").not_read == ()
+    for shards, rest in (
+        (False, ("2 pictures beside the tables",)),
+        (True, ("1 table beside the shards", "2 pictures beside the shards")),
+    ):
+        if shards:
+            shard(tmp_path / "a.tar", range(1))
+        assert find_source(tmp_path).not_read == rest
 
 
 @pytest.mark.parametrize("what", ["pipe", "link"])

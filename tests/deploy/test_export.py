@@ -135,10 +135,12 @@ def test_the_threshold_of_the_model_is_in_force_and_can_be_changed(exported):
     assert runner.threshold == [0.3, 0.7]
     runner.threshold = 2.0
     assert (runner.predict(images(4)).exit_index == 2).all()
-    with pytest.raises(PteeError, match="one for each of the 2 exits"):
+    with pytest.raises(PteeError, match="3 thresholds for 2 exits"):
         runner.threshold = [1.0, 2.0, 3.0]
-    with pytest.raises(PteeError, match="nan"):
+    with pytest.raises(PteeError, match="NaN"):
         runner.threshold = float("nan")
+    with pytest.warns(UserWarning, match=r"did you mean 0\.7\?"):
+        runner.threshold = 70
 
 
 @pytest.mark.parametrize(
@@ -158,9 +160,9 @@ def test_thresholds_are_numbers_of_any_type(threshold, runner):
     assert want.tolist() == got.tolist()
 
 
-@pytest.mark.parametrize("threshold", ["0.5", True, [True, False], None, [None, 0.5], 0.5j])
+@pytest.mark.parametrize("threshold", ["0.5", True, [True, False], [True, 0.5], None, [None, 0.5], 0.5j])
 def test_thresholds_that_are_no_numbers_are_refused(threshold, exported):
-    with pytest.raises(PteeError, match=r"^Thresholds are one number, or one for each of the 2 exits, not"):
+    with pytest.raises(PteeError, match=r"^A threshold is a number or numbers, such as 0.7 or \[0.9, 0.8\], not"):
         ptee.load_exported(exported).threshold = threshold
 
 

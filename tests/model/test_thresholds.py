@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -26,6 +27,10 @@ FORMS = {
     "a tensor that wants gradients": torch.tensor([ALWAYS, NEVER], requires_grad=True),
     "a NumPy array": torch.tensor([ALWAYS, NEVER], device="cpu").numpy(),
     "one row for all": torch.tensor([[ALWAYS, NEVER]]),
+    "a parameter of torch": torch.nn.Parameter(torch.tensor([ALWAYS, NEVER])),
+    "a list of tensors": [torch.tensor(ALWAYS), torch.tensor([NEVER], requires_grad=True)[0]],
+    "decimals": [Decimal(0), Decimal(2)],
+    "below 0, which is as 0": [-1, NEVER],
 }
 
 
@@ -40,7 +45,7 @@ def test_a_threshold_is_given_or_set_in_any_form_and_reads_as_a_list(form):
     model.threshold = FORMS[form]
     assert model.predict(images()).exit_index.tolist() == [0] * b
     model.threshold.append(0.1)  # a copy
-    assert model.threshold == [ALWAYS, NEVER]
+    assert model.threshold == [-1.0 if "below" in form else ALWAYS, NEVER]
     assert all(type(t) is float for t in model.threshold)
 
 
@@ -61,6 +66,8 @@ REFUSED = {
     "a complex tensor": (torch.tensor(1j), "number"),
     "a truth": (True, "True"),
     "truths": ([True, False], "True"),
+    "a truth among numbers": ([True, 0.5], "True"),
+    "a number in quotes": ("0.7", "'0.7'"),
     "a tensor of truths": (torch.ones(2) > 0, "True"),
 }
 
@@ -74,6 +81,18 @@ def test_a_bad_threshold_is_refused_and_the_one_in_force_stays(threshold, said):
     with pytest.raises(PteeError, match=said):
         model.predict(images(), threshold)
     assert model.threshold == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(70, "nobody leaves.*did you mean 0.7?"), ([0.7, 85], "at exit 1.*did you mean 0.7,0.85?")]
+)
+def test_a_threshold_that_was_meant_as_a_percentage_is_doubted_and_stays_what_it_is(given, meant):
+    model = made()
+    with pytest.warns(UserWarning, match=meant):
+        model.threshold = given
+    assert model.threshold == (given if isinstance(given, list) else [given] * E)
+    with pytest.warns(UserWarning, match=meant):
+        model.predict(images(), given)
 
 
 @pytest.mark.parametrize("shape", [(b, 3), (b + 1, E), (2, 1), (1, 1, E), (b,)], ids=str)

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from tiny import one_line
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.pipeline.reported import class_names, read_recorded
+from ptee.timing.measure import measure
+from ptee.timing.times import save_times
 
 ROW = {"name": "backbone", "accuracy": 0.9, "fidelity": 1.0, "cost": 1.0, "right": 0.5}
 RESULTS = {
@@ -106,6 +109,16 @@ def test_the_folder_of_its_run_adds_the_training_and_the_recipe(fitted, tmp_path
     assert "max_cost: 2.0" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_that_keeps_times_is_reported_by_what_they_cost_beside_a_smaller_network(fitted, tmp_path):
+    model, folder = fitted
+    own = shutil.copytree(folder, tmp_path / "run")
+    save_times(measure(model, [4], rounds=3), own)
+    how = {"pictures": False, "lines": ["own"], "static": {"small": Net()}, "cost": "time", "at_batch": 4}
+    page = ptee.write_report(own, data(), out=tmp_path / "own.html", backbone=model.backbone, **how)
+    assert "share of the bare backbone&#39;s time (hooks, batch 4" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("change", "words", "argument"),
     [
@@ -114,8 +127,11 @@ def test_the_folder_of_its_run_adds_the_training_and_the_recipe(fitted, tmp_path
         ({"val_data": torch.zeros(3, *SIZE)}, "val_data is a Tensor", "val_data"),
         ({"model": Net()}, "not an early-exit model", None),
         ({"model": "nowhere"}, "no folder nowhere", None),
+        ({"cost": "seconds"}, "cost='seconds' is unknown", "cost"),
+        ({"cost": "time"}, "cost='time' needs times, .*Give the folder", "cost"),
+        ({"at_batch": 4}, "at_batch=4 is about costs in seconds", "at_batch"),
     ],
-    ids=["names", "picture", "tensor", "network", "folder"],
+    ids=["names", "picture", "tensor", "network", "folder", "cost", "times", "batch"],
 )
 def test_what_cannot_be_reported_is_refused_before_anything_is_measured(
     fitted, tmp_path, monkeypatch, change, words, argument

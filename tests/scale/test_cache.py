@@ -47,6 +47,14 @@ def test_a_cache_holds_what_the_heads_read(a_run, shards, folder):
     kept.close()
 
 
+@pytest.mark.parametrize("write", [ptee.record, ptee.cache])
+def test_labels_under_which_the_backbone_is_near_chance_are_doubted_at_the_end(write, a_run, shards, tmp_path):
+    said: list[str] = []
+    write(a_run, shards, tmp_path / "out", log=said.append)
+    assert "by chance: it may know its classes in another order" in said[-1]
+    assert "by ptee trace or ptee cache with --overwrite and --classes FILE" in said[-1]
+
+
 def test_heads_learn_from_a_cache_as_from_the_images(a_run, shards, folder):
     one, two = ptee.load(a_run), ptee.load(a_run)
     whole = SHORT | {"batch_size": 30}  # in one batch, the order of the images does not matter

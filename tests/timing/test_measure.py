@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from device import here
-from small import SIZE, chained, made
+from small import SIZE, Normalises, chained, made
 from torch import nn
 
 import ptee
@@ -20,10 +20,43 @@ from ptee.backbones.load import load_backbone
 from ptee.timing import laps
 from ptee.timing import measure as timing_measure
 from ptee.timing.backbone import time_of_modules
+from ptee.timing.benchmark import bench
 from ptee.timing.laps import Laps, in_turns
 from ptee.timing.measure import all_on, bare_by, hook_laps, measure, measure_static
+from ptee.timing.run_bench import bench_run
 
 pytestmark = pytest.mark.cpu("a GPU looks at its own clock")
+
+
+@pytest.mark.parametrize("way", ["bench", "measure", "bench a run", "evaluate", "modules"])
+def test_a_network_that_writes_into_its_images_is_timed_on_the_same_images_each_time(way):
+    model = ptee.augment(Normalises(), exits=["a"], input_size=SIZE, head="pool")
+    images, kept = torch.randn(20, *SIZE), Kept()
+    times = measure(model, [2], rounds=3)
+    model.backbone.a.register_forward_pre_hook(kept)
+    if way == "bench":
+        bench(model, [2], rounds=3)
+    elif way == "measure":
+        measure(model, [2], rounds=3)
+    elif way == "bench a run":
+        bench_run(model, times, [2], images, rounds=3)
+    elif way == "evaluate":
+        ptee.evaluate(model, [(image.clone(), 0) for image in images], speed=True, speed_seconds=0.1)
+    else:
+        time_of_modules(model.origin, here(), 2, rounds=3)
+    assert 0 < kept.largest < 30
+    again = images[:2].clone().to(here())
+    model.backbone(again)
+    assert not torch.equal(again.cpu(), images[:2])  # as before
+
+
+class Kept:
+    """The largest number that a layer was given."""
+
+    largest = 0.0
+
+    def __call__(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.largest = max(self.largest, float(args[0].abs().max()))
 
 
 class Clock:

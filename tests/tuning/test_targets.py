@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptee._common.errors import PteeError
-from ptee.exits.config import NEVER
+from ptee.exits.config import NEVER, remark
 from ptee.exits.times import BatchTimes
 from ptee.tuning import targets as tuning_targets
-from ptee.tuning.config import Promise, Target, describe_thresholds, remark
+from ptee.tuning.config import Promise, Target, describe_thresholds
 from ptee.tuning.reachable import Margin
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import curves, solve

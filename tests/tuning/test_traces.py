@@ -11,7 +11,7 @@ import torch
 from device import seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from small import SIZE, K, OwnLoader, Stream, made
+from small import SIZE, K, Normalises, OwnLoader, Stream, labelled, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -79,6 +79,11 @@ def test_scores_are_shares_of_right_and_faithful_answers_and_the_mean_cost(leavi
 def test_shares_tell_where_images_leave(leaving):
     want = [leaving.count(n) / len(leaving) for n in range(3)]
     assert traces().shares(torch.tensor(leaving)) == pytest.approx(want)
+
+
+def test_the_images_that_traces_keep_are_those_that_were_given_also_of_a_network_that_writes_into_them():
+    model, images = ptee.augment(Normalises(), exits=["a"], input_size=SIZE, head="pool"), labelled(6)[0]
+    assert torch.equal(record(model, [(image.clone(), 0) for image in images]).sample, images.cpu())
 
 
 @given(st.tuples(*[st.floats(0, 1.5)] * 2), st.tuples(*[st.floats(0, 1)] * 2))
