@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ABOUT_RUN = re.compile(
+    r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b"
+)  # advice to type, on the command line or in Python
 NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # how Python reads the bytes of a file's name that are not UTF-8
 
 
@@ -48,6 +52,24 @@ def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> 
     """
     words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
     return words[0] if len(set(words)) == 1 else ", ".join(words)
+
+
+def quoted(word: object) -> str:
+    """A word as a shell takes it: in quotes if it has a blank in it, or anything else that a shell reads.
+
+    >>> quoted("runs/r50"), quoted("my runs/r50")
+    ('runs/r50', "'my runs/r50'")
+    """
+    return shlex.quote(str(word))
+
+
+def with_run(text: str, run: object) -> str:
+    """A text in which advice to type something about RUN has the name of the run that it is about.
+
+    >>> with_run("Tune again: ptee tune RUN --max-drop 0.01", "my run")
+    "Tune again: ptee tune 'my run' --max-drop 0.01"
+    """
+    return ABOUT_RUN.sub(lambda found: f"{found[1]}{quoted(run)}" if found[1] else f"{found[2]}{str(run)!r}", text)
 
 
 def printable(text: str) -> str:

@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, unknown
+from ptee._common.files import is_folder
 from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.text import with_run
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
@@ -57,7 +60,7 @@ def _failed(error: BaseException, words: list[str]) -> int:
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
-        message, status = f"{error.option_name} is no option of this command. {advice}.", 2
+        message, status = _about_run(f"{error.option_name} is no option of this command. {advice}.", words), 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -104,7 +107,16 @@ def _worded(error: PteeError, words: list[str]) -> str:
     message = error.worded(lambda argument: as_option(argument, command))
     if "Original Traceback" in message:  # of a process that loads images: its last line says it all
         return message.strip().splitlines()[-1].partition(": ")[2]
-    return message
+    return _about_run(message, words)
+
+
+def _about_run(message: str, words: list[str]) -> str:
+    """The message with the name of the run that was typed, if it is one."""
+    from ptee.model.run_files import is_run
+
+    given = words[1:] if "RUN" in message else []
+    runs = {word for word in given if is_folder(Path(word)) and is_run(Path(word))}
+    return with_run(message, runs.pop()) if len(runs) == 1 else message
 
 
 def _as_setting(error: click.NoSuchOption) -> str:

@@ -15,6 +15,7 @@ from cloup import option, option_group
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
+from ptee._common.text import quoted
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -76,7 +77,7 @@ def as_option(argument: Argument, command: click.Command | None = None) -> str:
     Settings are options of some commands; others take them by --set or --over.
     """
     own = {option for parameter in command.params for option in parameter.opts} if command else set()
-    value = argument.value.strip("()[]").replace("'", "").replace(", ", ",")
+    value = _typed(argument.value)
     name, _, of = argument.name.partition("[")[0].partition("=")
     if of:  # of a list: static=resnet18
         return f"--{name} {of}={value}"
@@ -88,6 +89,13 @@ def as_option(argument: Argument, command: click.Command | None = None) -> str:
     if value in ("True", "False"):
         return f"--{'no-' * (value == 'False')}{name}"
     return f"--{name} {value}".strip()
+
+
+def _typed(value: str) -> str:
+    """A value of Python as a shell takes it: what a list holds separated by commas, and in quotes what has a blank in it."""
+    if value[:1] + value[-1:] in ("()", "[]"):
+        value = value[1:-1].replace("'", "").replace(", ", ",")
+    return quoted(value.strip("'")) if value else ""
 
 
 def _setting_as_option(path: str, value: str, own: set[str]) -> str:

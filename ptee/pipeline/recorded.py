@@ -13,7 +13,7 @@ from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
 from ptee._common.files import as_path, is_file, is_folder
-from ptee._common.text import printable
+from ptee._common.text import printable, quoted
 from ptee._common.writing import is_left_over, require_writable, settle
 from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
@@ -181,7 +181,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tu
     unfinished = is_interrupted(out)
     lacking = resume and not (unfinished or (out / UNREADABLE).is_file())
     if lacking and is_run(out):
-        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: {tune.format(out=out)}"
+        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: {tune.format(out=quoted(out))}"
         begin = (f"The training in {out} is complete. Begin it anew with ", anew, " in place of ", RESUME, text)
         raise RunError(*begin, argument="resume")
     if lacking:

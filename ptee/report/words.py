@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
-from ptee._common.text import number_of
+from ptee._common.text import number_of, quoted
 from ptee.evaluation.comparison_table import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
@@ -148,8 +147,8 @@ def command(of: Reported, step: facts.Step) -> str:
     if of.in_python:
         return "ptee.evaluate(model, val_data)" if step.t is None else f"model.threshold = {step.t:g}"
     if step.t is None:
-        return f"ptee evaluate {shlex.quote(of.run)}"
-    return f"ptee evaluate {shlex.quote(of.run)} --threshold {step.t:g}"
+        return f"ptee evaluate {quoted(of.run)}"
+    return f"ptee evaluate {quoted(of.run)} --threshold {step.t:g}"
 
 
 # ---------------------------------------------------------------------------------------------------- tables

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ptee.pipeline import saved_run
 from ptee.pipeline.recipe import make_recipe
+from ptee.tuning.solution import RISKY, Solution
 
 
 def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, finished):
@@ -50,6 +51,12 @@ def test_a_dry_run_shows_thresholds_and_changes_nothing(run, finished):
     assert "Chosen: T = " in done.out
     assert done.out.endswith(f"{finished} is as it was: --dry-run keeps nothing.\n")
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_what_tune_advises_to_type_has_the_name_of_the_run(run, finished, monkeypatch):
+    monkeypatch.setattr(Solution, "_too_few", property(lambda _: RISKY.format("max-drop", 0.01)))
+    done = run("tune", finished.rename("my run"), "--max-fidelity-drop", 0.5, "--no-speed")
+    assert "ptee tune 'my run' --max-drop 0.01 --margin 0" in done.out
 
 
 def test_where_the_same_thresholds_are_chosen_again_it_says_that_nothing_changed(run, finished):
