@@ -123,13 +123,17 @@ def _as_setting(error: click.NoSuchOption) -> str:
     """What to type in place of an unknown option that is called like a setting, in a sentence; empty if none is."""
     from ptee.cli.options import ONLY_EXITS, SETTINGS, as_option
     from ptee.pipeline.recipe import path_of
-    from ptee.tuning.config import SET_CONFIDENCE
+    from ptee.tuning.config import MEASURE_AT, SET_CONFIDENCE, SET_THRESHOLD
 
     command = error.ctx.command if error.ctx else None
     name = error.option_name.lstrip("-").replace("-", "_")
     options = {option for parameter in command.params for option in parameter.opts} if command else set()
     if name == "set" and "--over" in options:
         return "Give --over NAME=VALUE: one value for all runs, or several separated by commas"
+    if command and command.name == "tune" and name == "threshold":
+        return (
+            f"tune chooses thresholds. One of your own is measured by {MEASURE_AT}, and kept in Python: {SET_THRESHOLD}"
+        )
     if not options & {"--set", "--over"}:
         of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
         return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""

@@ -17,6 +17,8 @@ DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 OPERATIONS, TIME = "operations", "time"  # what a cost is counted or measured in
 AT_BATCH = 32
+MEASURE_AT = "ptee evaluate RUN --threshold 0.7"
+SET_THRESHOLD = "model = ptee.load(RUN); model.threshold = 0.7; model.save_pretrained(RUN)"
 SET_CONFIDENCE = "model = ptee.load(RUN); model.confidence = NAME; model.save_pretrained(RUN)"
 HOW = (
     "one_threshold",
@@ -225,10 +227,7 @@ class Target:
         for kind in EXAMPLES:
             if (limit := getattr(config, kind)) is not None:
                 return cls(kind, limit)
-        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
-        raise PteeError(
-            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
-        )
+        raise no_target()
 
     @property
     def argument(self) -> Argument:
@@ -237,6 +236,12 @@ class Target:
 
     def __str__(self) -> str:
         return WORDS[self.kind].format(self.limit)
+
+
+def no_target() -> PteeError:
+    """The error where thresholds are to be chosen, and it is not said for what."""
+    drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
+    return PteeError("There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, ".")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,11 @@ def test_as_json_the_results_are_all_there_is_on_standard_output(run, finished):
 
 
 REFUSED = {
-    "no target": ([], "Give one of --max-drop, --max-fidelity-drop and --max-cost"),
+    "no target": ([], "no target for the thresholds. Give one: --max-drop 0.01, --max-fidelity-drop 0.01 or --max-cost 0.6"),
+    "a threshold in place of a target": (
+        ["--threshold", 0.7],
+        r"^--threshold is no option of this command\. tune chooses .* by ptee evaluate out --threshold 0\.7, .*ptee\.load\('out'\); .*threshold = 0\.7",
+    ),
     "two targets": (["--max-drop", 0.1, "--max-cost", 0.5], "--max-drop 0.1 and --max-cost 0.5 are given"),
     "a margin that is none": (["--max-cost", 0.9, "--margin", "much"], "--margin much must be a number, or 'auto'"),
     "a margin above the drop": (["--max-drop", 0.1, "--margin", 0.2], "--margin 0.2 leaves nothing of --max-drop 0.1"),
