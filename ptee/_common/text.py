@@ -54,6 +54,32 @@ def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> 
     return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 
+def as_shares(values: Sequence[object]) -> str:
+    """Percentages as the shares that were meant, as they are typed; empty if these are none.
+
+    >>> as_shares(["30%", "60%"]), as_shares([30, 60]), as_shares([0.3, 60])
+    ('0.3,0.6', '0.3,0.6', '0.3,0.6')
+    >>> as_shares(["layer1"]), as_shares([0.3]), as_shares([1000])
+    ('', '', '')
+    """
+    shares = [_share(value) for value in values]
+    if any(share is None for share in shares) or shares == [*values]:
+        return ""
+    return ",".join(f"{share:g}" for share in shares)
+
+
+def _share(value: object) -> float | None:
+    """What is meant by a share or a percentage; None by anything else."""
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    try:
+        number = float(str(value).strip().removesuffix("%")) if percent else value
+    except ValueError:
+        return None
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 100:
+        return None
+    return number / 100 if percent or number >= 1 else number
+
+
 def quoted(word: object) -> str:
     """A word as a shell takes it: in quotes if it has a blank in it, or anything else that a shell reads.
 

@@ -15,7 +15,7 @@ from cloup import option, option_group
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
-from ptee._common.text import quoted
+from ptee._common.text import as_shares, quoted
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -157,7 +157,10 @@ class Numbers(click.ParamType):
                 raise ValueError
             return numbers
         except ValueError:
-            text = f"{value!r} is not a number or a list of numbers separated by commas, such as {self.example}."
+            parts = [_number_or_word(part.strip()) for part in str(value).split(",")]
+            shares = as_shares(parts) if self.kind is float else ""
+            meant = f" Did you mean {shares}?" if shares else ""
+            text = f"{value!r} is not a number or a list of numbers separated by commas, such as {self.example}.{meant}"
             self.fail(text, param, ctx)
 
 
@@ -166,6 +169,8 @@ class Real(click.FloatRange):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Called by click."""
+        if isinstance(value, str) and (share := as_shares([value])):
+            self.fail(f"{value!r} is no number. Did you mean {share}?", param, ctx)
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is no finite number.", param, ctx)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import describe_thresholds, number_of
+from ptee._common.text import as_shares, describe_thresholds, number_of
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 DEFAULT_LOSS = 0.01
@@ -121,7 +121,7 @@ class ThresholdsConfig(FrozenConfig):
     @classmethod
     def _guarantee_is_no_name(cls, values: Any) -> Any:
         """The confidence of exits has a name, and that of a guarantee is a number."""
-        if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str):
+        if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str) and not as_shares([name]):
             text = f" must be a number, that of a guarantee, such as 0.95. That of the exits is set in Python: {SET_CONFIDENCE}."
             raise PteeError(Argument("confidence", f"{name!r:.60}"), text, argument="confidence", value=name)
         return values

@@ -104,6 +104,9 @@ REFUSED = {
     "a guarantee of a cost": (["--max-cost", 0.9, "--confidence", 0.95], "--confidence 0.95 does not go with --max-cost 0.9"),
     "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number.*0.95.*model.confidence = NAME"),
     "a guarantee without doubt": (["--max-drop", 0.1, "--confidence", 1], "--confidence 1 must be below 1"),
+    "a guarantee in percent": (["--max-drop", 0.1, "--confidence", "95%"], r"--confidence 95% must be a number\. Did you mean 0\.95\?$"),
+    "a drop in percent": (["--max-drop", "1%"], r"--max-drop 1% must be a number\. Did you mean 0\.01\?$"),
+    "a cost in percent": (["--max-cost", "50"], r"--max-cost 50 must be below 10\. Did you mean 0\.5\?$"),
     "each exit without a guarantee": (["--max-drop", 0.1, "--each-exit"], "--each-exit is about a guarantee.*--confidence 0.95"),
     "a drop near chance": (["--max-drop", 0.1], "--max-drop 0.1 needs labels.*--classes FILE.*--max-fidelity-drop 0.1"),
 }  # fmt: skip

@@ -231,12 +231,12 @@ def test_images_whose_confidence_is_no_number_never_leave(each_exit):
 
 
 REFUSED = {
-    "no confidence": ({"confidence": 1.0}, "confidence=1.0 must be below 1"),
+    "no confidence": ({"confidence": 1.0}, r"confidence=1\.0 must be below 1\.$"),
     "more than can be computed": (
         {"confidence": 1 - 1e-9},
         "confidence=0.999999999 is .*Give confidence=0.99999999 or",
     ),
-    "a percentage": ({"confidence": 95}, "confidence=95 must be below 1"),
+    "a percentage": ({"confidence": 95}, r"confidence=95 must be below 1\. Did you mean 0\.95\?$"),
     "none at all": ({"confidence": 0}, "confidence=0 must be above 0"),
     "a name": ({"confidence": "max_prob"}, "confidence='max_prob' must be a number"),
     "a reserve": ({"confidence": 0.9, "margin": 0.001}, "confidence=0.9 does not go with margin=0.001: .*Leave one"),
