@@ -146,7 +146,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         if o["page"] is None:
             found = compare_runs(opened, log=log, **how)
         else:
-            said, found = reported(opened, folders, log=log, **how)
+            said, found = reported(opened, folders, log=log, with_target=False, **how)
     name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     log("")
     show(found, o)

@@ -87,7 +87,7 @@ def _thresholds(of: Reported) -> Iterator[Part]:
         WAYS,
     ]
     yield Part("thresholds", "What it saves and loses", said, drawn, slider=_slider(of, every, of.own))
-    yield Part("alternatives", "What is cheapest", [*of.comparison.verdict, CHEAPEST])
+    yield Part("alternatives", "What is cheapest", [*words.cheapest(of), CHEAPEST])
     yield Part("sweep", "One threshold for all exits", [SWEEP], {"sweep": curves.threshold(every)})
 
 
