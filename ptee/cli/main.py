@@ -21,6 +21,19 @@ from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import with_run
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
+EXAMPLES = {  # of all commands that do not run without a word more
+    "advise": "resnet50",
+    "evaluate": "RUN",
+    "tune": "RUN --max-drop 0.01",
+    "compare": "RUN",
+    "report": "RUN",
+    "export": "RUN --out exported",
+    "serve": "RUN --local",
+    "trace": "RUN --data FOLDER --out traces",
+    "cache": "RUN --data FOLDER --out cache",
+    "sweep": "--over seed=0,1,2 --model resnet50 --data FOLDER --out runs/sweep",
+    "plot": "RUN --out curve.html",
+}
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
 
 
@@ -61,6 +74,9 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
         message, status = _about_run(f"{error.option_name} is no option of this command. {advice}.", words), 2
+    elif isinstance(error, click.MissingParameter) and words and words[0] in EXAMPLES:
+        example = f"ptee {words[0]} {EXAMPLES[words[0]]}"
+        message, status = f"{error.format_message()} Such as: {with_run(_about_run(example, words), 'runs/r50')}", 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
