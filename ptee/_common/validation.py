@@ -195,7 +195,10 @@ def from_pydantic(
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")
     words = dict.fromkeys(_possible(finding) for finding in of_this)
     such = _example(path, next(iter(words)), first["input"]) if example else ""
-    return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}{such}.{_meant(path, first)}")
+    leave_out = " Leave it out for the default." if first["input"] is None and not example else ""
+    return _fault(
+        PteeError, path, first["input"], f"must be {', or '.join(words)}{such}.{_meant(path, first)}{leave_out}"
+    )
 
 
 def _meant(path: str, finding: Mapping[str, Any]) -> str:

@@ -100,6 +100,8 @@ def _typed(value: str) -> str:
 
 def _setting_as_option(path: str, value: str, own: set[str]) -> str:
     option = OPTION_OF.get(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
+    if value == "None":  # which no option can say
+        return f"{'--over' if '--over' in own else '--set'} {path}=null"
     if option in own or (path in WITH_OPTION and not own & {"--set", "--over"}):
         return option if value == "True" else f"{option} {value}".strip()
     return f"{'--over' if '--over' in own else '--set'} {path}={value}"
