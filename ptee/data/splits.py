@@ -385,7 +385,7 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
     same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
     if not (here or same):
         elsewhere = (
-            f"The run's thresholds were chosen on images of {shown}; whether some of them are among these is not known."
+            f"The run's thresholds were chosen on {shown}; whether some of its images are among these is not known."
         )
         return images, "" if given else elsewhere
     parts = parts_for_tuning(unseen)

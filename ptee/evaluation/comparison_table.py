@@ -99,7 +99,10 @@ class Found(NamedTuple):
     def way(self, own: Found, drop: float, by_fidelity: bool) -> Way:
         """As a rival of early exits. All lose no more than the drop: so the cheapest is the best, unless fidelity is the wish."""
         one, two = self.entry, own.entry
-        words = f"cost {one.cost:.4f} instead of {two.cost:.4f}, that of {own.called(drop)}"
+        than = f", as much as {own.called(drop)}"
+        if f"{one.cost:.4f}" != f"{two.cost:.4f}":
+            than = f" instead of {two.cost:.4f}, that of {own.called(drop)}"
+        words = f"cost {one.cost:.4f}{than}"
         if not by_fidelity:
             return Way(self.called(drop), one.cost, one.cost, words)
         words = f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, {words}"

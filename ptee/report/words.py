@@ -113,7 +113,9 @@ def cheapest(of: Reported) -> Iterator[str]:
 
 
 def _asked(target: Mapping[str, Any]) -> str:
-    return f"The thresholds were chosen {WISHES[target['kind']][0].format(target['limit'])}"
+    asked, limit = WISHES[target["kind"]][0], target["limit"]
+    words = asked.format(limit) if limit >= 0 else f"to gain at least {-limit:g} of accuracy"
+    return f"The thresholds were chosen {words}"
 
 
 def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any]) -> str:

@@ -235,6 +235,8 @@ class Target:
         return Argument(self.kind, f"{self.limit:g}")
 
     def __str__(self) -> str:
+        if self.limit < 0:  # a gain
+            return f"accuracy at least {-self.limit:g} above the backbone's"
         return WORDS[self.kind].format(self.limit)
 
 

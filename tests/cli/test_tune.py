@@ -168,7 +168,7 @@ def test_other_data_are_halved_too(run, finished, things):
     assert evaluated(run, finished, "--data", things / "two")["samples"] == 6
     own = evaluated(run, finished)
     assert own["samples"] == 3
-    said = f"The run's thresholds were chosen on images of '{things / 'two'}'; whether some of them are among these is not known."
+    said = f"The run's thresholds were chosen on '{things / 'two'}'; whether some of its images are among these is not known."
     assert said in own["about"]
     assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
 

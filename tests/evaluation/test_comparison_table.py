@@ -144,6 +144,12 @@ def test_the_last_line_says_in_one_sentence_that_something_else_is_better(kind):
     assert str(found).splitlines()[-1] == found.bottom_line == found.to_dict()["bottom_line"] == last
 
 
+def test_what_costs_the_same_is_not_said_to_cost_so_much_instead():
+    found = comparison(OURS, Line("other", "cascade", (entry(0.49999, 0.005, 0.01),)))
+    last = "In short, for 0.01 lost at most: other loses no more and costs the same: cost 0.5000, as much as ours."
+    assert found.bottom_line == last
+
+
 def test_the_last_line_names_the_column_of_each_cell_that_is_not_in_that_of_the_drop():
     ours = Line("ours", "adaptive", (entry(0.5, 0, 0.01), entry(0.4, 0.03, 0.02)))
     cascade = Line("both", "cascade", (entry(0.45, 0.01, 0.01), entry(0.3, 0.03, 0.02)))

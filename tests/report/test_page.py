@@ -161,6 +161,7 @@ def test_what_is_cheapest_within_the_run_s_own_target_is_said_first_and_as_its_o
     ("kind", "limit", "asked"),
     [
         ("max_drop", 0.03, "to lose at most 0.03 of accuracy"),
+        ("max_drop", -0.008, "to gain at least 0.008 of accuracy"),
         ("max_fidelity_drop", 0.01, "to change at most 0.01 of the answers"),
         ("max_cost", 0.5, "to cost at most 0.5"),
     ],

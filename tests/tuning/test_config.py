@@ -76,3 +76,8 @@ def test_how_thresholds_are_chosen_is_no_question_where_they_are_given(settings)
 
 def test_the_drops_of_a_comparison_have_a_default():
     assert DropsConfig().drops == (0.0, 0.005, 0.01, 0.02)
+
+
+def test_a_drop_below_zero_is_called_a_gain():
+    assert str(Target("max_drop", -0.008)) == "accuracy at least 0.008 above the backbone's"
+    assert str(Target("max_drop", 0.0)) == "accuracy at most 0 below the backbone's"
