@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import number_of, table
-from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
+from ptee.evaluation.bottom_line import CHEAPER, FAITHFUL, ROUNDING, Way, bottom_line
 from ptee.production.few_images import too_few
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
@@ -166,7 +166,8 @@ class Comparison:
         found = self._within(drop)
         own = next((f for f in found if f.line.kind == "adaptive"), None)
         if own is None:
-            return "no early exits that save anything keep this. Train longer, or allow a larger loss."
+            instead = "Train longer" if self.unit == COUNTED else CHEAPER
+            return f"no early exits that save anything keep this. {instead}, or allow a larger loss."
         faithful = own.line.of in self.for_fidelity
         rivals = [f.way(own, drop, faithful) for f in found if f.line.kind != "adaptive"]
         as_good = FAITHFUL if faithful else "loses no more"

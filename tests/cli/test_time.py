@@ -127,6 +127,8 @@ def test_if_no_exit_is_fast_enough_all_are_off(run, timed):
     with_heads(timed, 5.0)
     done = run("tune", timed, *ON_CPU, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
     assert "nothing within the target is faster than the bare backbone" in done.out
+    assert "Take fewer or cheaper heads, or batches of another size." in done.out
+    assert "Train longer" not in done.out
     assert read_json(timed, "config.json")["off"] == [0, 1]
 
 
