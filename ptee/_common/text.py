@@ -80,6 +80,20 @@ def _share(value: object) -> float | None:
     return number / 100 if percent or number >= 1 else number
 
 
+def shown(value: object, most: int = 60) -> str:
+    """A value in a message: its first letters, in one line; of what prints in several lines, as a module does, the type.
+
+    >>> shown("resnet50"), shown([1, 2]), shown(type("Net", (), {"__repr__": lambda self: "Net(\\n)"})())
+    ("'resnet50'", '[1, 2]', 'Net(...)')
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of thousands of digits"
+    text = f"{type(value).__name__}(...)" if "\n" in text else text
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def quoted(word: object) -> str:
     """A word as a shell takes it: in quotes if it has a blank in it, or anything else that a shell reads.
 

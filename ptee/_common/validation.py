@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import ParamSpec, Self
 
 from ptee._common.errors import Argument, PteeError, UnknownName, possible
-from ptee._common.text import as_shares, printable
+from ptee._common.text import as_shares, printable, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -272,9 +272,4 @@ def _within(path: str, error: PteeError) -> PteeError:
 
 
 def _fault(kind: type[PteeError], path: str, value: Any, words: str) -> PteeError:
-    try:
-        text = re.sub(r"\s*\n\s*", " ", repr(value))  # of a module it has many lines
-    except ValueError:  # Python writes no numbers of thousands of digits
-        text = "a number of thousands of digits"
-    shown = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
-    return kind(Argument(path, shown), f" {words}", argument=path, value=value)
+    return kind(Argument(path, shown(value, LONGEST_VALUE)), f" {words}", argument=path, value=value)

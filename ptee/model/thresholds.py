@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee._common.text import shown
 from ptee.exits.config import wrong_number
 
 Thresholds = float | Sequence[float] | Tensor
@@ -71,7 +72,7 @@ def _as_tensor(threshold: Thresholds) -> Tensor:
         if not isinstance(threshold, Tensor):
             return torch.as_tensor(threshold, dtype=torch.float64, device="cpu")  # not rounded to float32 first
     except (TypeError, ValueError, RuntimeError) as why:
-        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {threshold!r}."
+        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {shown(threshold)}."
         raise PteeError(text, argument="threshold", value=threshold) from why
     return given.detach() if given.is_floating_point() else given.to(_widest(given.device))
 
