@@ -187,3 +187,23 @@ def test_a_misspelt_setting_of_a_training_leaves_what_was_fitted(monkeypatch):
     with pytest.raises(PteeError, match="epoch"):
         ptee.train(given, images(), epoch=3)
     assert given.calibrated == "as fitted"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda wrong: ptee.compare(wrong, images(), images()),
+        lambda wrong: ptee.compare({"a": model()}, images(), images(), device=wrong),
+        lambda wrong: ptee.tune(model(), images(), max_drop=0.01, batch_size=wrong),
+        lambda wrong: ptee.load(wrong),
+        lambda wrong: ptee.optimize(model(), dtype=wrong),
+        lambda wrong: ptee.optimize(model(), max_memory=wrong),
+        lambda wrong: model().predict(torch.randn(1, 3, 8, 8), threshold=wrong),
+    ],
+    ids=["models", "device", "batch_size", "folder", "dtype", "max_memory", "threshold"],
+)
+def test_a_module_in_the_wrong_place_is_named_by_its_class_and_not_printed(call):
+    with pytest.raises(PteeError, match=r"Sequential\(\.\.\.\)") as why:
+        call(net())
+    assert "Conv2d" not in str(why.value)
+    assert len(str(why.value).splitlines()) == 1

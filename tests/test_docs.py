@@ -317,3 +317,12 @@ def test_the_tables_of_eenet8_have_the_numbers_of_its_results():
 def test_yaml_in_the_recipes_is_nothing_but_yaml():
     for file in (ROOT / "recipes").rglob("*.yaml"):
         assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+def test_a_text_that_counts_the_pages_of_the_guide_counts_right():
+    texts = " ".join(
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md", "recipes/README.md")
+    )
+    counted = re.findall(r"(\w+) guide pages|guide of (\w+) pages|\| (\w+) pages on", texts)
+    numbers = {"nineteen": 19, "twenty": 20, "twenty-one": 21}
+    assert [numbers["".join(found)] for found in counted] == 3 * [len(GUIDE)]

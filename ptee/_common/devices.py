@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ptee._common.errors import DeviceError, PteeError, first_line
+from ptee._common.text import shown
 
 T = TypeVar("T")
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
@@ -36,7 +37,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     if device is not None and device.index is None:
         device = torch.device(device.type, 0)
     if device is None or str(device) not in there:
-        text = f"There is no device {str(name)!r} on this machine. Possible: {', '.join(there)}."
+        text = f"There is no device {shown(str(name) if isinstance(name, str | int | float | torch.device) else name)} on this machine. Possible: {', '.join(there)}."
         raise DeviceError(text, argument="device", value=name)
     return device
 

@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from itertools import count
 from typing import Any
 
-from ptee._common.text import printable
+from ptee._common.text import printable, with_run
 
 WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
 
@@ -77,6 +77,16 @@ def about(argument: str, value: Any, *kinds: type[PteeError]) -> Iterator[None]:
     except kinds as why:
         if why.argument is None and value is not None:
             why.argument, why.value = argument, value if why.value is None else why.value
+        raise
+
+
+@contextmanager
+def about_run(run: object) -> Iterator[None]:
+    """Errors name this run where they say what to type about RUN."""
+    try:
+        yield
+    except PteeError as why:
+        why.parts = tuple(with_run(part, run) if isinstance(part, str) else part for part in why.parts)
         raise
 
 

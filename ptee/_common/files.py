@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, DataError, PteeError
-from ptee._common.text import escaped
+from ptee._common.text import escaped, shown
 
 LONGEST_KEY = 60  # of JSON, in a message
 DEEPEST = 100  # objects and lists of JSON inside one another; how many Python can read depends on its version
@@ -35,10 +35,10 @@ def as_path(value: Any, argument: str) -> Path:
     """
     text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else ""
     if not text or "\0" in text:
-        given = Argument(argument, f"{value!r:.60}")
+        given = Argument(argument, shown(value))
         raise PteeError(given, " is no path. Give the name of a file or folder.", argument=argument, value=value)
-    if (shown := escaped(text)) != text:
-        given = Argument(argument, shown)
+    if (plain := escaped(text)) != text:
+        given = Argument(argument, plain)
         raise PteeError(given, " has a name that is not UTF-8. Rename it.", argument=argument, value=value)
     return expanded(text)
 

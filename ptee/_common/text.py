@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ABOUT_RUN = re.compile(
+    r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b"
+)  # advice to type, on the command line or in Python
 NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # how Python reads the bytes of a file's name that are not UTF-8
 
 
@@ -48,6 +52,64 @@ def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> 
     """
     words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
     return words[0] if len(set(words)) == 1 else ", ".join(words)
+
+
+def as_shares(values: Sequence[object]) -> str:
+    """Percentages as the shares that were meant, as they are typed; empty if these are none.
+
+    >>> as_shares(["30%", "60%"]), as_shares([30, 60]), as_shares([0.3, 60])
+    ('0.3,0.6', '0.3,0.6', '0.3,0.6')
+    >>> as_shares(["layer1"]), as_shares([0.3]), as_shares([1000])
+    ('', '', '')
+    """
+    shares = [_share(value) for value in values]
+    if any(share is None for share in shares) or shares == [*values]:
+        return ""
+    return ",".join(f"{share:g}" for share in shares)
+
+
+def _share(value: object) -> float | None:
+    """What is meant by a share or a percentage; None by anything else."""
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    try:
+        number = float(str(value).strip().removesuffix("%")) if percent else value
+    except ValueError:
+        return None
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 100:
+        return None
+    return number / 100 if percent or number >= 1 else number
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value in a message: its first letters, in one line; of what prints in several lines, as a module does, the type.
+
+    >>> shown("resnet50"), shown([1, 2]), shown(type("Net", (), {"__repr__": lambda self: "Net(\\n)"})())
+    ("'resnet50'", '[1, 2]', 'Net(...)')
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of thousands of digits"
+    text = f"{type(value).__name__}(...)" if "\n" in text else text
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def quoted(word: object) -> str:
+    """A word as a shell takes it: in quotes if it has a blank in it, or anything else that a shell reads.
+
+    >>> quoted("runs/r50"), quoted("my runs/r50")
+    ('runs/r50', "'my runs/r50'")
+    """
+    return shlex.quote(str(word))
+
+
+def with_run(text: str, run: object) -> str:
+    """A text in which advice to type something about RUN has the name of the run that it is about.
+
+    >>> with_run("Tune again: ptee tune RUN --max-drop 0.01", "my run")
+    "Tune again: ptee tune 'my run' --max-drop 0.01"
+    """
+    return ABOUT_RUN.sub(lambda found: f"{found[1]}{quoted(run)}" if found[1] else f"{found[2]}{str(run)!r}", text)
 
 
 def printable(text: str) -> str:

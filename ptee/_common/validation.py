@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -23,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import ParamSpec, Self
 
 from ptee._common.errors import Argument, PteeError, UnknownName, possible
-from ptee._common.text import printable
+from ptee._common.text import as_shares, printable, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +32,8 @@ BATCH_SIZE = 128  # the default of every function and command that makes batches
 LARGEST_IMAGE = 3 * 2048**2  # numbers in one image; a record that asks for more would take gigabytes
 LONGEST_NAME = 255  # letters of a name in a record
 LONGEST_PATH = 1024  # and of any other text there
+LARGEST_LIMIT = 10  # of shares and costs, above which a number was meant as a percentage
+LEAST_CONFIDENCE = 50  # of a percentage: nobody wants a guarantee that is kept by chance
 LONGEST_VALUE = 60  # letters of a value that a message repeats
 
 
@@ -192,7 +195,21 @@ def from_pydantic(
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")
     words = dict.fromkeys(_possible(finding) for finding in of_this)
     such = _example(path, next(iter(words)), first["input"]) if example else ""
-    return _fault(PteeError, path, first["input"], f"must be {', or '.join(words)}{such}.")
+    leave_out = " Leave it out for the default." if first["input"] is None and not example else ""
+    return _fault(
+        PteeError, path, first["input"], f"must be {', or '.join(words)}{such}.{_meant(path, first)}{leave_out}"
+    )
+
+
+def _meant(path: str, finding: Mapping[str, Any]) -> str:
+    """A question with the share that may be meant by a percentage, with a blank before it; empty for anything else."""
+    value, limit = finding["input"], (finding.get("ctx") or {}).get("lt", math.inf)
+    if isinstance(value, str):
+        of_share = finding["type"] == "float_type"
+    else:
+        of_share = limit <= LARGEST_LIMIT and not (path.endswith("confidence") and value < LEAST_CONFIDENCE)
+    share = as_shares([value]) if of_share else ""
+    return f" Did you mean {share}?" if share else ""
 
 
 def _example(argument: str, wanted: str, value: Any) -> str:
@@ -255,9 +272,4 @@ def _within(path: str, error: PteeError) -> PteeError:
 
 
 def _fault(kind: type[PteeError], path: str, value: Any, words: str) -> PteeError:
-    try:
-        text = re.sub(r"\s*\n\s*", " ", repr(value))  # of a module it has many lines
-    except ValueError:  # Python writes no numbers of thousands of digits
-        text = "a number of thousands of digits"
-    shown = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
-    return kind(Argument(path, shown), f" {words}", argument=path, value=value)
+    return kind(Argument(path, shown(value, LONGEST_VALUE)), f" {words}", argument=path, value=value)

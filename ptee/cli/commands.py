@@ -10,7 +10,7 @@ import click
 from cloup import command, option
 
 from ptee._common.errors import Interrupted
-from ptee._common.text import printable
+from ptee._common.text import printable, quoted, with_run
 from ptee._common.writing import require_writable
 from ptee.cli import options
 from ptee.cli.checks import require_recipes
@@ -76,7 +76,11 @@ def augment(**o: Any) -> None:
     remark_on(recipe.thresholds.threshold)
     again = AGAIN_ANEW if o["overwrite"] else AGAIN
     how = {"overwrite": o["overwrite"], "explain": o["explain"], "again": again, "tracker": o["log"]}
-    job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], click.echo, **how)
+
+    def log(text: str) -> None:
+        click.echo(with_run(text, folder))
+
+    job = Job(folder, o["device"], o["workers"], o["resume"], o["speed"], log, **how)
     if o["model"] is None:
         demo(recipe, job)
         return
@@ -90,7 +94,7 @@ def augment(**o: Any) -> None:
     try:
         name_others(backbone)
         if not is_random and len(model.off) < len(model.exits):
-            click.echo(f"Another threshold: ptee evaluate {folder} --threshold 0.7")
+            click.echo(f"Another threshold: ptee evaluate {quoted(folder)} --threshold 0.7")
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: the run in {folder} is complete.") from why
 

@@ -9,15 +9,31 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, unknown
+from ptee._common.files import is_folder
 from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.text import with_run
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
+EXAMPLES = {  # of all commands that do not run without a word more
+    "advise": "resnet50",
+    "evaluate": "RUN",
+    "tune": "RUN --max-drop 0.01",
+    "compare": "RUN",
+    "report": "RUN",
+    "export": "RUN --out exported",
+    "serve": "RUN --local",
+    "trace": "RUN --data FOLDER --out traces",
+    "cache": "RUN --data FOLDER --out cache",
+    "sweep": "--over seed=0,1,2 --model resnet50 --data FOLDER --out runs/sweep",
+    "plot": "RUN --out curve.html",
+}
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
 
 
@@ -57,7 +73,10 @@ def _failed(error: BaseException, words: list[str]) -> int:
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
-        message, status = f"{error.option_name} is no option of this command. {advice}.", 2
+        message, status = _about_run(f"{error.option_name} is no option of this command. {advice}.", words), 2
+    elif isinstance(error, click.MissingParameter) and words and words[0] in EXAMPLES:
+        example = f"ptee {words[0]} {EXAMPLES[words[0]]}"
+        message, status = f"{error.format_message()} Such as: {with_run(_about_run(example, words), 'runs/r50')}", 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -104,20 +123,33 @@ def _worded(error: PteeError, words: list[str]) -> str:
     message = error.worded(lambda argument: as_option(argument, command))
     if "Original Traceback" in message:  # of a process that loads images: its last line says it all
         return message.strip().splitlines()[-1].partition(": ")[2]
-    return message
+    return _about_run(message, words)
+
+
+def _about_run(message: str, words: list[str]) -> str:
+    """The message with the name of the run that was typed, if it is one."""
+    from ptee.model.run_files import is_run
+
+    given = words[1:] if "RUN" in message else []
+    runs = {word for word in given if is_folder(Path(word)) and is_run(Path(word))}
+    return with_run(message, runs.pop()) if len(runs) == 1 else message
 
 
 def _as_setting(error: click.NoSuchOption) -> str:
     """What to type in place of an unknown option that is called like a setting, in a sentence; empty if none is."""
     from ptee.cli.options import ONLY_EXITS, SETTINGS, as_option
     from ptee.pipeline.recipe import path_of
-    from ptee.tuning.config import SET_CONFIDENCE
+    from ptee.tuning.config import MEASURE_AT, SET_CONFIDENCE, SET_THRESHOLD
 
     command = error.ctx.command if error.ctx else None
     name = error.option_name.lstrip("-").replace("-", "_")
     options = {option for parameter in command.params for option in parameter.opts} if command else set()
     if name == "set" and "--over" in options:
         return "Give --over NAME=VALUE: one value for all runs, or several separated by commas"
+    if command and command.name == "tune" and name == "threshold":
+        return (
+            f"tune chooses thresholds. One of your own is measured by {MEASURE_AT}, and kept in Python: {SET_THRESHOLD}"
+        )
     if not options & {"--set", "--over"}:
         of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
         return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""

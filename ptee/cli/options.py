@@ -15,6 +15,7 @@ from cloup import option, option_group
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
+from ptee._common.text import as_shares, quoted
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -76,7 +77,7 @@ def as_option(argument: Argument, command: click.Command | None = None) -> str:
     Settings are options of some commands; others take them by --set or --over.
     """
     own = {option for parameter in command.params for option in parameter.opts} if command else set()
-    value = argument.value.strip("()[]").replace("'", "").replace(", ", ",")
+    value = _typed(argument.value)
     name, _, of = argument.name.partition("[")[0].partition("=")
     if of:  # of a list: static=resnet18
         return f"--{name} {of}={value}"
@@ -90,8 +91,17 @@ def as_option(argument: Argument, command: click.Command | None = None) -> str:
     return f"--{name} {value}".strip()
 
 
+def _typed(value: str) -> str:
+    """A value of Python as a shell takes it: what a list holds separated by commas, and in quotes what has a blank in it."""
+    if value[:1] + value[-1:] in ("()", "[]"):
+        value = value[1:-1].replace("'", "").replace(", ", ",")
+    return quoted(value.strip("'")) if value else ""
+
+
 def _setting_as_option(path: str, value: str, own: set[str]) -> str:
     option = OPTION_OF.get(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
+    if value == "None":  # which no option can say
+        return f"{'--over' if '--over' in own else '--set'} {path}=null"
     if option in own or (path in WITH_OPTION and not own & {"--set", "--over"}):
         return option if value == "True" else f"{option} {value}".strip()
     return f"{'--over' if '--over' in own else '--set'} {path}={value}"
@@ -149,7 +159,10 @@ class Numbers(click.ParamType):
                 raise ValueError
             return numbers
         except ValueError:
-            text = f"{value!r} is not a number or a list of numbers separated by commas, such as {self.example}."
+            parts = [_number_or_word(part.strip()) for part in str(value).split(",")]
+            shares = as_shares(parts) if self.kind is float else ""
+            meant = f" Did you mean {shares}?" if shares else ""
+            text = f"{value!r} is not a number or a list of numbers separated by commas, such as {self.example}.{meant}"
             self.fail(text, param, ctx)
 
 
@@ -158,6 +171,8 @@ class Real(click.FloatRange):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Called by click."""
+        if isinstance(value, str) and (share := as_shares([value])):
+            self.fail(f"{value!r} is no number. Did you mean {share}?", param, ctx)
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is no finite number.", param, ctx)

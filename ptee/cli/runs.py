@@ -10,6 +10,7 @@ import click
 from cloup import command, option
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.text import quoted, with_run
 from ptee._common.writing import require_name, require_page, write_text
 from ptee.cli import options
 from ptee.cli.checks import executors_of, require_export, require_times, require_timing
@@ -63,7 +64,8 @@ def evaluate(run: str, **o: Any) -> None:
     if o["threshold"] is not None and (off := opened.model.off):
         names = f"Exit{'s' * (len(off) > 1)} {' and '.join(map(str, off))} {'are' if len(off) > 1 else 'is'}"
         which = "All exits are" if len(off) == len(opened.model.exits) else names
-        text = f"{which} off in {run}: --threshold changes nothing there. To choose anew, also which exits are on: ptee tune {run}"
+        anew = f"To choose anew, also which exits are on: ptee tune {quoted(run)} --max-fidelity-drop 0.01"
+        text = f"{which} off in {run}: --threshold changes nothing there. {anew}"
         click.echo(text, err=True)
     with opened.at_work():
         found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **how_of(o))
@@ -91,7 +93,10 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
     from ptee.pipeline.saved_run import tune_run
 
     opened = opened_runs({run: run}, o, recipe.thresholds.max_drop)[run]
-    log = partial(click.echo, err=o["as_json"])
+
+    def log(text: str) -> None:
+        click.echo(with_run(text, run), err=o["as_json"])
+
     log(f"{opened.words} {opened.accuracy}")
     before = opened.decided
     now = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
@@ -141,7 +146,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         if o["page"] is None:
             found = compare_runs(opened, log=log, **how)
         else:
-            said, found = reported(opened, folders, log=log, **how)
+            said, found = reported(opened, folders, log=log, with_target=False, **how)
     name_others(next(iter(opened.values())).model.origin, err=o["as_json"])
     log("")
     show(found, o)
@@ -200,7 +205,7 @@ def bench(run: str | None, **o: Any) -> None:
 
 
 def _bench_run(run: str, o: dict[str, Any]) -> None:
-    refuse_about_model(o)
+    refuse_about_model(run, o)
     require_runs(run, images=False, exported=True, **o)
     require_timing(o)
     from ptee._common.devices import resolve_device
@@ -222,7 +227,7 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     if o["save"]:
         most = max(o["batch_sizes"])
         at_batch = f" --at-batch {most}" * (most < AT_BATCH)
-        then = f"Thresholds by them: ptee tune {run} --max-drop 0.01 --cost time{at_batch}"
+        then = f"Thresholds by them: ptee tune {quoted(run)} --max-drop 0.01 --cost time{at_batch}"
         click.echo(f"\nThe times of the pieces are kept in {Path(run) / FILE}. {then}", err=o["as_json"])
 
 
@@ -260,11 +265,11 @@ def export(run: str, **o: Any) -> None:
         from ptee.serving.triton import export_triton
 
         folder = export_triton(load_run(run, o["weights"]), o["out"])
-        click.echo(f"Written to {folder}. Serve it: tritonserver --model-repository {folder}")
+        click.echo(f"Written to {folder}. Serve it: tritonserver --model-repository {quoted(folder)}")
         return
     folder = write(load_run(run, o["weights"]), o["out"], format=o["format"])
     click.echo(_written(folder))
 
 
 def _written(folder: Path) -> str:
-    return f"Written to {folder}. Try it: python -m ptee.deploy.runner {folder} IMAGE"
+    return f"Written to {folder}. Try it: python -m ptee.deploy.runner {quoted(folder)} IMAGE"

@@ -10,6 +10,7 @@ import click
 from cloup import command, option, option_group
 
 from ptee._common.errors import Interrupted
+from ptee._common.text import quoted
 from ptee.cli import options
 from ptee.cli.options import File, Place, Real, RunName, as_option, in_groups
 from ptee.cli.values import require_runs
@@ -117,7 +118,7 @@ def trace(run: str, **o: Any) -> None:
         )
     either = "--max-drop 0.01, or --max-fidelity-drop 0.01, which needs no labels"
     target = either if found.labelled else "--max-fidelity-drop 0.01"
-    click.echo(f"Choose thresholds by them: ptee tune {run} --traces {found.folders[0]} {target}")
+    click.echo(f"Choose thresholds by them: ptee tune {quoted(run)} --traces {quoted(found.folders[0])} {target}")
 
 
 @command(short_help="Keep what the heads read of very many images.")

@@ -171,10 +171,10 @@ def refuse_without_model(o: dict[str, Any]) -> None:
         raise PteeError(given[0], " needs a model. Give ", GIVE_MODEL, ".", argument="model")
 
 
-def refuse_about_model(o: dict[str, Any]) -> None:
+def refuse_about_model(run: str, o: dict[str, Any]) -> None:
     """Refuse options that are about a model where a run is given."""
     if o["model"] is not None:
-        raise PteeError("Both a RUN and ", Argument("model", o["model"]), " are given. Give one of them.")
+        raise PteeError(f"Both the run {run} and ", Argument("model", o["model"]), " are given. Give one of them.")
     given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
     given += ["pretrained"] * (not o["pretrained"]) + list(given_settings(o))
     if given:

@@ -354,7 +354,8 @@ def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:
     if old.about == new.about and old.planned == new.planned:
         return
     differs = _difference(old.about, new.about) or ("number of parts", old.planned, new.planned)
-    text = f"{folder} holds {new.kind} of another {differs[0]} ({differs[1]!s:.60}, now {differs[2]!s:.60}). Give another folder, "
+    what, _, part = differs[0].partition(".")
+    text = f"{folder} holds {new.kind} of another {what} ({f'{part}: ' * bool(part)}{differs[1]!s:.60}, now {differs[2]!s:.60}). Give another folder, "
     raise DataError(text, OUT, ", or replace it: ", OVERWRITE, ".")
 
 

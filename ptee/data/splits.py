@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
-from ptee._common.text import number_of
+from ptee._common.text import number_of, quoted
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.pictures import Labelled, Pictures, copies
 
@@ -385,7 +385,7 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
     same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
     if not (here or same):
         elsewhere = (
-            f"The run's thresholds were chosen on images of {shown}; whether some of them are among these is not known."
+            f"The run's thresholds were chosen on {shown}; whether some of its images are among these is not known."
         )
         return images, "" if given else elsewhere
     parts = parts_for_tuning(unseen)
@@ -394,7 +394,7 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
             return images, ""
         raise DataError(
             f"{data.source} has other files than when the thresholds were chosen, so nobody knows which they were chosen on. "
-            "Choose them again (ptee tune), put the files back as they were, or give other images: ",
+            f"Choose them again (ptee tune {quoted(unseen.run)} --max-drop 0.01), put the files back as they were, or give other images: ",
             *GIVE_DATA,
         )
     words = parts.words_of_others if given else parts.words

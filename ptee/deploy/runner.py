@@ -177,22 +177,22 @@ class Runner:
 
     def images(self, paths: Sequence[str | Path]) -> Array:
         """Pictures from files, as the model takes them: (b, c, h, w)."""
-        from PIL import Image
-
         if not self.manifest.pixels_known:
             warn(PIXELS_NOT_KNOWN)
-        pictures = []
-        for path in paths:
-            try:
-                with Image.open(path, formats=FORMATS) as file:
-                    pictures.append(self._pixels(file))
-            except FileNotFoundError as why:
-                raise PteeError(f"There is no file {path}.") from why
-            except IsADirectoryError as why:
-                raise PteeError(f"{path} is a folder. Name the pictures in it, such as {path}/*.jpg.") from why
-            except (OSError, DataError) as why:
-                raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
-        return self.from_host(np.stack(pictures))
+        return self.from_host(np.stack([self._picture(path) for path in paths]))
+
+    def _picture(self, path: str | Path) -> np.ndarray:
+        from PIL import Image
+
+        try:
+            with Image.open(path, formats=FORMATS) as file:
+                return self._pixels(file)
+        except FileNotFoundError as why:
+            raise PteeError(f"There is no file {path}.") from why
+        except IsADirectoryError as why:
+            raise PteeError(f"{path} is a folder. Name the pictures in it, such as {path}/*.jpg.") from why
+        except (OSError, DataError) as why:
+            raise PteeError(f"{path} is no picture that can be read: {first_line(why)}") from why
 
     def from_host(self, x: np.ndarray) -> Array:
         """Images (b, c, h, w) float32 as `predict` takes them: of the model's number type, and a tensor for pt2."""
@@ -358,30 +358,57 @@ def _tensor(x: np.ndarray, dtype: str) -> Array:
     return torch.from_numpy(x).to(getattr(torch, dtype))
 
 
+USAGE = "usage: python -m ptee.deploy.runner FOLDER IMAGE ..."
+HELP = f"""{USAGE}
+
+Answers pictures with a model that ptee export wrote into FOLDER: for each its class, where it left, and what it cost (1 is the whole
+network). A picture that cannot be read is named, the others are answered, and the status is 2.
+
+python -m ptee.deploy.runner exported cat.jpg dog.jpg"""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the answer to each picture. The status is that of the command ptee."""
     open_closed()
+    faults: list[str] = []
     try:
-        if len(arguments) < 2:
-            raise PteeError("usage: python -m ptee.deploy.runner FOLDER IMAGE ...")
-        lines = _answered(*arguments)
+        if {"-h", "--help"} & {*arguments}:
+            lines = [HELP]
+        elif len(arguments) < 2:
+            raise PteeError(f"{USAGE}, such as exported cat.jpg. --help says more.")
+        else:
+            lines, faults = _answered(*arguments)
     except PteeError as why:
         return _say(str(why), 2)
     except KeyboardInterrupt:
         return _say("Interrupted.", 130)
     try:
-        print(*lines, sep="\n", flush=True)
+        print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     except OSError as why:
         lead_nowhere()
         return _say(*unwritable(why))
-    return 0
+    return max((_say(fault, 2) for fault in faults), default=0)
 
 
-def _answered(folder: str, *pictures: str) -> list[str]:
-    """A line for each picture."""
+def _answered(folder: str, *paths: str) -> tuple[list[str], list[str]]:
+    """A line for each picture, and one for each that cannot be read."""
     runner = load_exported(folder)
-    out = runner.predict(runner.images(pictures))
-    rows = zip(pictures, as_numpy(out.logits), out.exit_index, out.cost, strict=True)
+    read: list[tuple[str, np.ndarray]] = []
+    faults: list[str] = []
+    for path in paths:
+        try:
+            read.append((path, runner._picture(path)))
+        except PteeError as why:
+            faults.append(str(why))
+    return _lines(runner, read) if read else [], faults
+
+
+def _lines(runner: Runner, pictures: Sequence[tuple[str, np.ndarray]]) -> list[str]:
+    if not runner.manifest.pixels_known:
+        warn(PIXELS_NOT_KNOWN)
+    paths, pixels = zip(*pictures, strict=True)
+    out = runner.predict(runner.from_host(np.stack(pixels)))
+    rows = zip(paths, as_numpy(out.logits), out.exit_index, out.cost, strict=True)
     places = [f"exit {n}" for n in range(len(runner.threshold))] + ["end of the backbone"]
     names = [f" ({name})" for name in runner.manifest.class_names] or [""] * runner.manifest.classes
     return [

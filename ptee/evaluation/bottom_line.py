@@ -8,6 +8,9 @@ from typing import NamedTuple
 LITTLE = 0.05  # of the cost; who saves less hardly saves anything
 SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
 ROUNDING = 1e-9  # of sums of shares
+CHEAPER = (
+    "Take fewer or cheaper heads, or batches of another size"  # where heads take too long, however well they answer
+)
 ACCURATE, FAITHFUL = "is as accurate", "gives as many of the backbone's answers"  # what is as good, by the wish
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import number_of, table
-from ptee.evaluation.bottom_line import FAITHFUL, ROUNDING, Way, bottom_line
+from ptee.evaluation.bottom_line import CHEAPER, FAITHFUL, ROUNDING, Way, bottom_line
 from ptee.production.few_images import too_few
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured
@@ -99,7 +99,10 @@ class Found(NamedTuple):
     def way(self, own: Found, drop: float, by_fidelity: bool) -> Way:
         """As a rival of early exits. All lose no more than the drop: so the cheapest is the best, unless fidelity is the wish."""
         one, two = self.entry, own.entry
-        words = f"cost {one.cost:.4f} instead of {two.cost:.4f}, that of {own.called(drop)}"
+        than = f", as much as {own.called(drop)}"
+        if f"{one.cost:.4f}" != f"{two.cost:.4f}":
+            than = f" instead of {two.cost:.4f}, that of {own.called(drop)}"
+        words = f"cost {one.cost:.4f}{than}"
         if not by_fidelity:
             return Way(self.called(drop), one.cost, one.cost, words)
         words = f"fidelity {one.fidelity:.4f} instead of {two.fidelity:.4f}, {words}"
@@ -163,7 +166,8 @@ class Comparison:
         found = self._within(drop)
         own = next((f for f in found if f.line.kind == "adaptive"), None)
         if own is None:
-            return "no early exits that save anything keep this. Train longer, or allow a larger loss."
+            instead = "Train longer" if self.unit == COUNTED else CHEAPER
+            return f"no early exits that save anything keep this. {instead}, or allow a larger loss."
         faithful = own.line.of in self.for_fidelity
         rivals = [f.way(own, drop, faithful) for f in found if f.line.kind != "adaptive"]
         as_good = FAITHFUL if faithful else "loses no more"

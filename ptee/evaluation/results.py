@@ -87,7 +87,7 @@ def evaluate(
         return Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
-            asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, spread=differ,
+            asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, by_time=_by_time(view), spread=differ,
             confidence=view.confidence, answers=view.answers,
         )  # fmt: skip
     finally:
@@ -132,6 +132,12 @@ def confidence_quality(model: EarlyExitModel, traces: Traces, n: int) -> dict[st
 def foretold(model: EarlyExitModel, traces: Traces, n: int) -> Tensor:
     """(n,) bool, whether what exit n's confidence is the probability of came true: a right answer, or the backbone's."""
     return traces.answers[n] == traces.bare if foretells_agreement(model) else traces.right[n]
+
+
+def _by_time(model: EarlyExitModel) -> bool:
+    """Whether the record of the thresholds says that they were chosen by seconds."""
+    tuning = (model.results or {}).get("tuning")
+    return isinstance(tuning, dict) and bool(tuning.get("unit"))
 
 
 def foretells_agreement(model: EarlyExitModel) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ptee._common.clock import noise
 from ptee._common.text import number_of, table
-from ptee.evaluation.bottom_line import ACCURATE, FAITHFUL, Way, bottom_line
+from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.config import describe_thresholds
 from ptee.tuning.traces import Score
@@ -74,6 +74,7 @@ class Results:
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
         asked: what the calibrated confidence is the probability of, which the calibration error is about: "the backbone's answer", or
             empty if that is what is right.
+        by_time: the thresholds were chosen by seconds.
         spread: of the rounds in which speed was measured: the longest less the shortest, divided by the median; the most of any row.
         for_fidelity: the thresholds were chosen for fidelity: what answers as well keeps as much of it.
         confidence: the name of what decided who leaves; empty if it is not known.
@@ -94,6 +95,7 @@ class Results:
     outcome: str = ""
     asked: str = ""
     for_fidelity: bool = False
+    by_time: bool = False
     spread: float = 0.0
     confidence: str = ""
     answers: str = ""
@@ -138,7 +140,8 @@ class Results:
         """What is wrong with the early-exit model, a sentence each. Nothing if T is above 1, where no image leaves."""
         if self.all_off:
             off = "Every exit is off, so the backbone answers all images, whatever T is."
-            return [f"{off} {ON_AGAIN.format(them='exits')} Train longer, or give more images to choose T on."]
+            instead = f"{CHEAPER}." if self.by_time else "Train longer, or give more images to choose T on."
+            return [f"{off} {ON_AGAIN.format(them='exits')} {instead}"]
         if min(self.threshold) > 1:
             return []
         return [words for words in (_collapsed(self), _differs(self), self.bottom_line) if words]

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, unknown
-from ptee._common.text import number_of
+from ptee._common.text import number_of, shown
 from ptee._common.validation import FrozenConfig, Number, Whole
 
 AUTO = "auto"  # the name of a head that is as large as its budget allows
@@ -147,7 +147,7 @@ def threshold_numbers(value: Any) -> Any:
             raise TypeError("not only numbers")
         found = found.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as why:
-        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {value!r:.200}."
+        text = f"A threshold is a number or numbers, such as 0.7 or [0.9, 0.8], not {shown(value)}."
         raise PteeError(text, argument="threshold", value=value) from why
     if np.isnan(found).any():
         raise not_a_number(value)

@@ -29,6 +29,7 @@ from itertools import pairwise
 from typing import Any
 
 from ptee._common.errors import Advice, Argument, BackboneError, CutError, some, unknown
+from ptee._common.text import as_shares
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
 from ptee.analysis.layout import Layout
@@ -177,7 +178,7 @@ class Placer:
         word = parts[0] if len(parts) == 1 else None
         if word in PLACEMENTS and word not in names:
             return str(word)
-        if isinstance(exits, str) and isinstance(word, str) and word not in (INPUT, *names):
+        if isinstance(exits, str) and isinstance(word, str) and word not in (INPUT, *names) and not as_shares(parts):
             outer = [name for name in self.survey.cuts if any(other.startswith(f"{name}.") for other in names)]
             first = [*PLACEMENTS, *outer][:MOST_NAMES]
             raise unknown("placement or module", word, list(self.survey.cuts), first=first)
@@ -195,12 +196,12 @@ class Placer:
             raise _named_otherwise(wanted, num_exits)
         if not wanted:
             raise CutError("No exit is named. Give a placement such as 'pareto', fractions, or names of modules.")
-        if all(isinstance(e, str) for e in wanted):
+        if not (meant := _as_fractions(wanted)) and all(isinstance(e, str) for e in wanted):
             return self._by_name([str(e) for e in wanted])
         if all(isinstance(e, int | float) and not isinstance(e, bool) and 0 < e < 1 for e in wanted):
             return self._by_fractions(sorted(float(e) for e in wanted))
         text = f"Exits {wanted} are neither names of modules nor fractions of the backbone's cost between 0 and 1."
-        raise CutError(text, *_as_number(wanted))
+        raise CutError(text, *meant, *_as_number(wanted))
 
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
         if num_exits is not None:
@@ -374,6 +375,13 @@ def _as_number(wanted: list[Any]) -> Advice:
     if number is None or number not in range(1, 100):
         return ()
     return (f" For {number:.0f} exit{'s' * (number > 1)}: ", Argument("num_exits", f"{number:.0f}"), ".")
+
+
+def _as_fractions(wanted: list[Any]) -> Advice:
+    """What to type where percentages were given as exits. A small number may be meant as that of exits."""
+    percent = any(isinstance(e, str) or e > MOST_EXITS for e in wanted)
+    shares = as_shares(wanted) if percent else ""
+    return (" Did you mean ", Argument("exits", f"[{shares}]"), "?") if shares else ()
 
 
 def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:

@@ -23,6 +23,7 @@ from ptee._common.devices import made_on_cpu, threads
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.process import no_stdout, own_random_numbers
 from ptee._common.progress import Log, with_bar
+from ptee._common.text import quoted
 from ptee._common.writing import replace_file, require_writable
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
@@ -49,7 +50,7 @@ def demo(recipe: Recipe, job: Job) -> None:
     if recipe.seed != SEED:
         data = _images(recipe.seed)
     model = fit_backbone(network, data, recipe, replace(job, speed_seconds=SPEED_SECONDS))
-    job.log(f"Another threshold: ptee evaluate {job.out} --threshold 0.7\n")
+    job.log(f"Another threshold: ptee evaluate {quoted(job.out)} --threshold 0.7\n")
     job.log(what_happened(model.results or {}))
 
 

@@ -30,6 +30,7 @@ RECIPE_FILE = "recipe.yaml"
 OF_RECIPE = {"seed", "backbone"}  # settings of the training that are the recipe's
 LARGEST_FILE = 2**16  # bytes; a recipe has about two thousand, and YAML is read slowly
 DEFAULT = "ptee"
+WRITTEN = str | int | float | list | tuple  # values that a message shows as they are written
 # Shorter names of settings, in Python and on the command line.
 OTHER_NAMES = {"exits": "exits.places", "num_exits": "exits.number", "confidence": "confidence.name"}
 OF_PAPERS = dict.fromkeys(("lambda", "training.lambda"), "training.cost_weight")
@@ -209,7 +210,7 @@ def make_recipe(
     changes = {path_for(name, value): value for name, value in (settings or {}).items()}
     values, file = _values(DEFAULT if recipe is None else recipe)
     with _of_file(file):
-        _require_sections(values)
+        values = _in_sections(values)
         made = Recipe(**values)
     with _as_called(settings or {}):
         return made.with_settings(_without_rivals(values, changes))
@@ -230,7 +231,10 @@ def _of_file(file: Path | None) -> Iterator[None]:
 def _line_of(file: Path, path: str) -> str:
     """The line in which a setting is given, after a comma; empty if none, or more than one, begins with its name as deep as it stands."""
     section, _, key = path.partition("[")[0].rpartition(".")
-    begin = re.compile((r"\s+" if section else "") + rf"{re.escape(key)}\s*:")
+    depth = (
+        (r"\s+" if key in Recipe.model_fields else r"\s*") if section else ""
+    )  # a setting may stand beside its section
+    begin = re.compile(rf"{depth}{re.escape(key)}\s*:")
     lines = [n for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if begin.match(line)]
     return f", line {lines[0]}" if len(lines) == 1 else ""
 
@@ -263,6 +267,10 @@ def _without_rivals(values: Mapping[str, Any], changes: dict[str, Any]) -> dict[
     return {**{f"thresholds.{name}": value for name, value in rivals.items()}, **changes}
 
 
+def _no_recipe(text: str) -> PteeError:
+    return PteeError(text, argument="recipe")
+
+
 def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, Any], Path | None]:
     """The settings, not yet checked, and the file that they were read from."""
     if isinstance(recipe, Recipe):
@@ -272,12 +280,11 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
     if isinstance(recipe, str) and recipe in BUILT_IN:
         return {"name": recipe, **BUILT_IN[recipe]}, None
     if not isinstance(recipe, str | Path):
-        text = f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a YAML file, a mapping or a Recipe."
-        raise PteeError(text, argument="recipe")
-    if not str(recipe).strip():
-        raise PteeError(
-            f"The recipe is an empty text. Give a name ({', '.join(BUILT_IN)}) or a file.", argument="recipe"
+        raise _no_recipe(
+            f"recipe is {recipe!r:.60}. Give a name ({', '.join(BUILT_IN)}), a file, a mapping or a Recipe."
         )
+    if not str(recipe).strip():
+        raise _no_recipe(f"The recipe is an empty text. Give a name ({', '.join(BUILT_IN)}) or a file.")
     path = as_path(recipe, "recipe")
     settle(path)
     if is_file(path / RECIPE_FILE):
@@ -285,8 +292,7 @@ def _values(recipe: str | Path | Mapping[str, Any] | Recipe) -> tuple[dict[str, 
     if path.suffix in (".yaml", ".yml") or is_file(path):
         return _read(path), path
     if is_folder(path):
-        text = f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file."
-        raise PteeError(text, argument="recipe")
+        raise _no_recipe(f"{path} is a folder without {RECIPE_FILE}. Give the folder of a run, or a file.")
     raise unknown("recipe", str(recipe), BUILT_IN, argument="recipe")
 
 
@@ -294,16 +300,12 @@ def _read(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, not yet checked."""
     try:
         if not is_file(path):
-            text = f"There is no recipe file {path!s:.300}. Give a file, or one of {', '.join(BUILT_IN)}."
-            raise PteeError(text, argument="recipe")
+            raise _no_recipe(f"There is no recipe file {path!s:.300}. Give a file, or one of {', '.join(BUILT_IN)}.")
         if (size := path.stat().st_size) > LARGEST_FILE:
-            raise PteeError(
-                f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.", argument="recipe"
-            )
+            raise _no_recipe(f"The recipe {path} has {size:,} bytes; no recipe has more than {LARGEST_FILE:,}.")
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
-        text = f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}"
-        raise PteeError(text, argument="recipe") from why
+        raise _no_recipe(f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}") from why
     if not isinstance(values, dict):
         raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.", argument="recipe")
     return _with_names(values, f"recipe {path}")
@@ -313,33 +315,31 @@ def _with_names(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
     """The values, if each has a name. YAML and Python know other keys, too."""
     sections = [section for section in values.values() if isinstance(section, Mapping)]
     if odd := [key for each in (values, *sections) for key in each if not isinstance(key, str)]:
-        text = f"The {what} has a setting called {odd[0]!r:.60}. Name each by text, such as training: {{epochs: 20}}."
-        raise PteeError(text, argument="recipe")
+        raise _no_recipe(f"The {what} has a setting called {odd[0]!r:.60}. Name each by text, such as epochs: 20.")
     return dict(values)
 
 
-def _require_sections(values: Mapping[str, Any]) -> None:
-    """Refuse a setting that stands beside the sections, or in another one than its own. The error shows how it is written."""
+def _in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with those that stand beside the sections in their own, as --set epochs=3 does it. In a wrong section one is refused."""
+    inner = {name: getattr(field.annotation, "model_fields", None) for name, field in Recipe.model_fields.items()}
+    made, beside = dict[str, Any](), dict[str, Any]()
     for name, value in values.items():
-        own = getattr(Recipe.model_fields.get(name), "annotation", None)
-        inner = getattr(own, "model_fields", None)
-        if isinstance(value, Mapping):
-            outside = {} if inner is None else {key: v for key, v in value.items() if key not in inner}
-        else:
-            outside = {name: value} if own is None or inner is not None else {}
-        for key, v in outside.items():
-            if isinstance(v, str | int | float | list | tuple) and not isinstance(v, bool):
-                _refuse_outside(key, v, f"{name}.{key}" if isinstance(value, Mapping) else name)
+        is_beside = name in PATHS and not isinstance(value, Mapping | None) and inner.get(name, True)
+        (beside if is_beside else made)[name] = value
+        for key, v in value.items() if isinstance(value, Mapping) else ():
+            if key in PATHS and key not in (inner.get(name) or value) and isinstance(v, WRITTEN):
+                _refuse_outside(key, v, f"{name}.{key}")
+    for name, value in beside.items():
+        section, _, key = (path := path_for(name, value)).rpartition(".")
+        if isinstance(there := made.setdefault(section, {}), Mapping) and key in there:
+            raise PteeError(f"{path} is given twice, in its section and beside it. Give it once.", argument=path)
+        made[section] = {**there, key: value} if isinstance(there, Mapping) else there
+    return made
 
 
 def _refuse_outside(name: str, value: Any, path: str) -> None:
-    """Refuse a setting that stands at this path, if it has another one."""
-    try:
-        section, _, key = path_for(name, value).rpartition(".")
-    except PteeError:
-        return
-    if (section, key) == ("exits", "places") and isinstance(value, int):
-        key = "number"
+    """Refuse a setting that stands at this path and has another one."""
+    section, _, key = path_for(name, value).rpartition(".")
     right = f"{key}: {str(value).replace(chr(39), ''):.60}"
     text = f" stands at the wrong place. Write {f'{section}: {{{right}}}' if section else right}."
     raise PteeError(Argument(path, f"{value!r:.60}"), text, argument=path, value=value)
@@ -432,19 +432,19 @@ def read_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
-        if not equals or not values.strip():
-            raise PteeError(
-                f"{text!r} has no values. Write NAME=VALUE,VALUE, such as seed=0,1,2.", argument="over", value=text
-            )
+        words = [word.strip() for word in values.split(",") if word.strip()]
+        if not equals or not words:
+            why = f"{text!r} has no values. Write NAME=VALUE,VALUE, such as seed=0,1,2."
+            raise PteeError(why, argument="over", value=text)
         path = path_of(name.strip())
         if path in axes:
-            raise PteeError(
-                f"The setting {path} is given twice. Give all its values at once.", argument="over", value=text
-            )
+            why = f"The setting {path} is given twice. Give all its values at once."
+            raise PteeError(why, argument="over", value=text)
         try:
             axes[path] = list(read_yaml(f"[{values}]"))
-        except yaml.YAMLError as why:
-            raise PteeError(
-                f"The values of {text!r} cannot be read: {first_line(why)}", argument="over", value=text
-            ) from why
+        except yaml.YAMLError as fault:
+            nothing = re.search(r"^\s*,|,\s*,", values)
+            instead = f"beside a comma there is nothing. Write {name}={','.join(words)}."
+            why = f"The values of {text!r} cannot be read: {instead if nothing else first_line(fault)}"
+            raise PteeError(why, argument="over", value=text) from fault
     return axes

@@ -13,11 +13,11 @@ from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
 from ptee._common.files import as_path, is_file, is_folder
-from ptee._common.text import printable
+from ptee._common.text import printable, quoted
 from ptee._common.writing import is_left_over, require_writable, settle
 from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_run, metrics_of, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
-from ptee.tuning.config import TARGETS
+from ptee.tuning.config import TARGETS, no_target
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
 LONGEST_PATH = 4096  # of a folder, in letters
@@ -94,8 +94,7 @@ def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
     recipe = make_recipe(None, {**given, "training.batch_size": batch_size})
     recipe.thresholds.require_used(given)
     if not any(f"thresholds.{name}" in given for name in TARGETS):
-        one, two, three = (Argument(name) for name in TARGETS[1:])
-        raise PteeError("What are the thresholds to meet? Give one of ", one, ", ", two, " and ", three, ".")
+        raise no_target()
     return recipe
 
 
@@ -181,7 +180,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tu
     unfinished = is_interrupted(out)
     lacking = resume and not (unfinished or (out / UNREADABLE).is_file())
     if lacking and is_run(out):
-        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: {tune.format(out=out)}"
+        anew, text = Argument("overwrite", "True"), f", or choose its thresholds again: {tune.format(out=quoted(out))}"
         begin = (f"The training in {out} is complete. Begin it anew with ", anew, " in place of ", RESUME, text)
         raise RunError(*begin, argument="resume")
     if lacking:

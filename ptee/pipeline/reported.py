@@ -116,11 +116,18 @@ def read_recorded(run: str) -> dict[str, Any]:
 
 
 def reported(
-    runs: Mapping[str, OpenRun], folders: Mapping[str, str], *, log: Log, pictures: bool = True, **how: Any
+    runs: Mapping[str, OpenRun],
+    folders: Mapping[str, str],
+    *,
+    log: Log,
+    pictures: bool = True,
+    with_target: bool = True,
+    **how: Any,
 ) -> tuple[Reported, Comparison]:
     """What the page of the first run says, beside the others; and the comparison. `how` as of `compare_runs`.
 
-    A run that was not saved has an empty folder.
+    A run that was not saved has an empty folder. `with_target`: where nobody said which drops are compared, the one that the first
+    run's thresholds were chosen for is among them.
 
     Raises:
         PteeError: as of `compare_runs`.
@@ -129,10 +136,14 @@ def reported(
     run = folders[name]
     metrics = read_recorded(run) if run else {"results": first.model.results}
     times = _times(run, how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
-    kept: dict[str, Traces] = {}
-    found = compare_runs(runs, log=log, keep=kept, **how)
-    images = parts_for_all([run.unseen for run in runs.values()])
     said = _of(run, first.model, metrics)
+    drops = tuple(how.pop("drops", DROPS))
+    target = said.target_drop(has_labels(first.unseen.data))
+    if with_target and drops == DROPS and target is not None and target >= 0:  # a gain is no drop
+        drops = tuple(sorted({*drops, target}))
+    kept: dict[str, Traces] = {}
+    found = compare_runs(runs, log=log, keep=kept, drops=drops, **how)
+    images = parts_for_all([run.unseen for run in runs.values()])
     traces = replace(kept[name], times=times)
     shown = images.report if pictures else None
     more: dict[str, Any] = {

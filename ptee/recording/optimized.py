@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.text import shown
 from ptee._common.validation import checked, named
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
@@ -371,10 +372,10 @@ def optimize(
     if dtype is not None:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise PteeError(
-                f"A number type is one such as torch.float16, not {dtype!r}.", argument="dtype", value=dtype
+                f"A number type is one such as torch.float16, not {shown(dtype)}.", argument="dtype", value=dtype
             )
         model = copy.deepcopy(model).to(dtype)
     if max_memory is not None and not (isinstance(max_memory, int | float) and 0 < max_memory < math.inf):
         text = " is no number of GiB above 0. Leave it out for no limit."
-        raise PteeError(Argument("max_memory", repr(max_memory)), text, argument="max_memory", value=max_memory)
+        raise PteeError(Argument("max_memory", shown(max_memory)), text, argument="max_memory", value=max_memory)
     return OptimizedModel(model, max_batch, mode, None if max_memory is None else int(max_memory * GIB))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptee._common.text import quoted
 from ptee.evaluation.comparison_table import COUNTED, Entry, Line
 from ptee.evaluation.results import foretells_agreement, foretold
 from ptee.report import curves, exit_figures, facts, words
@@ -87,7 +87,7 @@ def _thresholds(of: Reported) -> Iterator[Part]:
         WAYS,
     ]
     yield Part("thresholds", "What it saves and loses", said, drawn, slider=_slider(of, every, of.own))
-    yield Part("alternatives", "What is cheapest", [*of.comparison.verdict, CHEAPEST])
+    yield Part("alternatives", "What is cheapest", [*words.cheapest(of), CHEAPEST])
     yield Part("sweep", "One threshold for all exits", [SWEEP], {"sweep": curves.threshold(every)})
 
 
@@ -122,7 +122,7 @@ def command(of: Reported, line: Line, entry: Entry) -> str:
         wish |= {"cost": "time", "at_batch": of.times.batch}
     texts = {name: f" {value:g}" if isinstance(value, float) else f" {value}" for name, value in wish.items()}
     typed = [f" --{name.replace('_', '-')}{'' if wish[name] is True else text}" for name, text in texts.items()]
-    return f"ptee tune {shlex.quote(of.folders[line.of])}{''.join(typed)}"
+    return f"ptee tune {quoted(of.folders[line.of])}{''.join(typed)}"
 
 
 def _slider(of: Reported, every: list[facts.Step], own: facts.Step) -> Slider:

@@ -12,6 +12,8 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.tuning.traces import Traces
 
+KINDS = ("max_drop", "max_fidelity_drop", "max_cost")  # of targets
+
 
 @dataclass(frozen=True)
 class Reported:
@@ -49,6 +51,24 @@ class Reported:
     def results(self) -> Mapping[str, Any]:
         """What was measured when the run was made."""
         return self.metrics.get("results") or {}
+
+    @property
+    def target(self) -> Mapping[str, Any] | None:
+        """Kind and limit that the thresholds were chosen for, and the unit of a time; None if none, or if others were set since."""
+        tuning, model = self.results.get("tuning"), self.model
+        tuning = tuning if isinstance(tuning, dict) else {}
+        target, chosen, off = tuning.get("target"), tuning.get("threshold"), tuple(tuning.get("off", ()))
+        if not isinstance(target, dict) or target.get("kind") not in KINDS or not isinstance(chosen, list):
+            return None
+        if len(chosen) != len(model.threshold) or off != model.off:
+            return None
+        same = all(t == model.threshold[n] for n, t in enumerate(chosen) if n not in off)
+        return {**target, "unit": str(tuning.get("unit") or "")} if same else None
+
+    def target_drop(self, labelled: bool) -> float | None:
+        """The drop that the thresholds were chosen for: of accuracy on images with labels, of fidelity on others."""
+        target, kind = self.target, "max_drop" if labelled else "max_fidelity_drop"
+        return float(target["limit"]) if target is not None and target["kind"] == kind else None
 
     @property
     def own(self) -> facts.Step | None:

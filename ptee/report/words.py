@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
-from ptee._common.text import number_of
+from ptee._common.text import number_of, quoted
 from ptee.evaluation.comparison_table import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
@@ -88,21 +87,10 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     *early, end = (a + b for a, b in zip(own.right, own.wrong, strict=True))
     left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
     yield f"Of {number_of(n, 'image')} that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
-    tuning = of.results.get("tuning")
-    tuning = tuning if isinstance(tuning, dict) else {}
-    target = tuning.get("target")
-    if isinstance(target, dict) and target.get("kind") in WISHES and _as_chosen(of, tuning):
-        yield _kept(of, own, target, str(tuning.get("unit") or ""))
+    if (target := of.target) is not None:
+        yield _kept(of, own, target)
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
-
-
-def _as_chosen(of: Reported, tuning: Mapping[str, Any]) -> bool:
-    """Whether the thresholds are those that were chosen for the target: in Python others may have been set since."""
-    chosen, off, model = tuning.get("threshold"), tuple(tuning.get("off", ())), of.model
-    if not isinstance(chosen, list) or len(chosen) != len(model.threshold):
-        return False
-    return off == model.off and all(t == model.threshold[n] for n, t in enumerate(chosen) if n not in off)
 
 
 WISHES = {  # by kind of target: what was asked for, and what was found
@@ -112,10 +100,27 @@ WISHES = {  # by kind of target: what was asked for, and what was found
 }
 
 
-def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], unit: str) -> str:
-    """What was asked for, and whether it was kept on these images. `unit` is of a cost in time."""
-    asked, done = WISHES[target["kind"]]
-    words, bare = f"The thresholds were chosen {asked.format(target['limit'])}", _bare(of)
+def cheapest(of: Reported) -> Iterator[str]:
+    """What is cheapest within each allowed drop; first within the run's own target, or why that is not among them."""
+    assert of.comparison is not None
+    target, drop = of.target, of.target_drop(of.comparison.accuracy is not None)
+    said = dict(zip(of.comparison.drops, of.comparison.verdict, strict=True))
+    if drop in said:
+        yield f"{said.pop(drop)} This drop is the run's own target."
+    elif target is not None:
+        yield f"{_asked(target)}, and no sentence here is about that."
+    yield from said.values()
+
+
+def _asked(target: Mapping[str, Any]) -> str:
+    asked, limit = WISHES[target["kind"]][0], target["limit"]
+    words = asked.format(limit) if limit >= 0 else f"to gain at least {-limit:g} of accuracy"
+    return f"The thresholds were chosen {words}"
+
+
+def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any]) -> str:
+    """What was asked for, and whether it was kept on these images."""
+    done, words, bare, unit = WISHES[target["kind"]][1], _asked(target), _bare(of), target["unit"]
     if target["kind"] == "max_drop" and (bare is None or own.accuracy is None):
         return f"{words}."
     if target["kind"] == "max_cost" and unit:
@@ -148,8 +153,8 @@ def command(of: Reported, step: facts.Step) -> str:
     if of.in_python:
         return "ptee.evaluate(model, val_data)" if step.t is None else f"model.threshold = {step.t:g}"
     if step.t is None:
-        return f"ptee evaluate {shlex.quote(of.run)}"
-    return f"ptee evaluate {shlex.quote(of.run)} --threshold {step.t:g}"
+        return f"ptee evaluate {quoted(of.run)}"
+    return f"ptee evaluate {quoted(of.run)} --threshold {step.t:g}"
 
 
 # ---------------------------------------------------------------------------------------------------- tables

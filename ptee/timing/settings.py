@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ptee._common.errors import Argument, PteeError, RunError, unknown
+from ptee._common.text import quoted
 from ptee._common.writing import settle
 
 FILE = "times.json"
@@ -41,5 +42,5 @@ def require_kept_times(folder: Path) -> Path:
     """
     settle(folder)
     if not (folder / FILE).is_file():
-        raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {folder} --save")
+        raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {quoted(folder)} --save")
     return folder / FILE

@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError, RunError, first_line, warn
+from ptee._common.errors import Argument, PteeError, RunError, about_run, first_line, warn
 from ptee._common.files import read_object, to_json
-from ptee._common.text import type_name
+from ptee._common.text import type_name, with_run
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
 from ptee._common.writing import write_text
 from ptee.analysis.freezing import one_parameter
@@ -28,7 +28,7 @@ from ptee.timing.settings import AUTO, EXECUTORS, FILE, GRAPHS, HOOKS, LARGEST_B
 
 SCHEMA = 1
 LARGEST_FILE = 2**20  # bytes
-AGAIN = "Measure again: ptee bench RUN --save"
+AGAIN = "Measure again: ptee bench RUN --save"  # RUN becomes the name of the run where it is known
 
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
 Seconds = Annotated[Number, Field(ge=0, le=86_400)]
@@ -223,18 +223,18 @@ def read_times(folder: Path) -> Times:
     Raises:
         RunError: if there are none, or they are damaged or of a newer version.
     """
-    file = require_kept_times(folder)
+    file, again = require_kept_times(folder), with_run(AGAIN, folder)
     try:
         values = read_object(file, LARGEST_FILE)
     except (OSError, ValueError) as why:
-        raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
+        raise RunError(f"{file} cannot be read: {first_line(why)} {again}") from why
     version = values.get("schema_version")
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA:
         raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
     try:
         return Times(**values)
     except PteeError as why:
-        raise RunError(f"{file}: {why} {AGAIN}") from why
+        raise RunError(f"{file}: {why} {again}") from why
 
 
 def times_for(
@@ -246,8 +246,9 @@ def times_for(
         PteeError: if it keeps none, or those of other exits, another number type or another device.
     """
     times = read_times(folder)
-    times.require_of(model, device, f"{folder / FILE}")
-    return times.at(batch, executor)
+    with about_run(folder):
+        times.require_of(model, device, f"{folder / FILE}")
+        return times.at(batch, executor)
 
 
 def sizes_to_measure(batch_sizes: list[int]) -> list[int]:

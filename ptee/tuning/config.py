@@ -10,13 +10,15 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import describe_thresholds, number_of
+from ptee._common.text import as_shares, describe_thresholds, number_of
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
 OPERATIONS, TIME = "operations", "time"  # what a cost is counted or measured in
 AT_BATCH = 32
+MEASURE_AT = "ptee evaluate RUN --threshold 0.7"
+SET_THRESHOLD = "model = ptee.load(RUN); model.threshold = 0.7; model.save_pretrained(RUN)"
 SET_CONFIDENCE = "model = ptee.load(RUN); model.confidence = NAME; model.save_pretrained(RUN)"
 HOW = (
     "one_threshold",
@@ -118,7 +120,7 @@ class ThresholdsConfig(FrozenConfig):
     @classmethod
     def _guarantee_is_no_name(cls, values: Any) -> Any:
         """The confidence of exits has a name, and that of a guarantee is a number."""
-        if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str):
+        if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str) and not as_shares([name]):
             text = f" must be a number, that of a guarantee, such as 0.95. That of the exits is set in Python: {SET_CONFIDENCE}."
             raise PteeError(Argument("confidence", f"{name!r:.60}"), text, argument="confidence", value=name)
         return values
@@ -224,10 +226,7 @@ class Target:
         for kind in EXAMPLES:
             if (limit := getattr(config, kind)) is not None:
                 return cls(kind, limit)
-        drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
-        raise PteeError(
-            "There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, "."
-        )
+        raise no_target()
 
     @property
     def argument(self) -> Argument:
@@ -235,7 +234,15 @@ class Target:
         return Argument(self.kind, f"{self.limit:g}")
 
     def __str__(self) -> str:
+        if self.limit < 0:  # a gain
+            return f"accuracy at least {-self.limit:g} above the backbone's"
         return WORDS[self.kind].format(self.limit)
+
+
+def no_target() -> PteeError:
+    """The error where thresholds are to be chosen, and it is not said for what."""
+    drop, fidelity_drop, cost = (Argument(kind, example) for kind, example in EXAMPLES.items())
+    return PteeError("There is no target for the thresholds. Give one: ", drop, ", ", fidelity_drop, " or ", cost, ".")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from decimal import ROUND_CEILING, Context
+from decimal import ROUND_CEILING, Context, Decimal
 from operator import itemgetter
 
 import torch
@@ -218,12 +218,27 @@ def _off(threshold: Threshold) -> tuple[int, ...]:
 
 
 def _instead(cheapest: Callable[[Target], Threshold], target: Target, images: int) -> str:
-    """That nothing could be shown, and which limit could: it is rounded up, and shown as it is named."""
+    """That nothing could be shown, and which limit could, with what to type: the least of two digits, shown as it is named."""
     shown = number_of(images, "image", "does")
+
+    def shows(limit: Decimal) -> bool:
+        return min(cheapest(replace(target, limit=float(limit)))) < NEVER
+
+    smaller = Decimal(f"{target.limit:.9g}")
     for power in range(1, TRIES):
         limit = UP.create_decimal(f"{target.limit * LARGER**power:.9g}")
         if limit >= 1:
             break
-        if min(cheapest(replace(target, limit=float(limit)))) < NEVER:
-            return f"{shown} not show that anything cheaper keeps this; {'it does' if images == 1 else 'they do'} for {float(limit):g}."
+        if shows(limit):
+            least = f"{float(_least(shows, smaller, limit)):g}"
+            typed = f"--{target.kind.replace('_', '-')} {least}, in Python {target.kind}={least}"
+            return f"{shown} not show that anything cheaper keeps this; {'it does' if images == 1 else 'they do'} for {least} ({typed})."
+        smaller = limit
     return f"{shown} not show that anything cheaper than the backbone keeps this."
+
+
+def _least(shows: Callable[[Decimal], bool], low: Decimal, high: Decimal) -> Decimal:
+    """The least limit of two digits that can be shown, between one that cannot and one that can."""
+    while (middle := UP.create_decimal((low + high) / 2)) not in (low, high):
+        low, high = (low, middle) if shows(middle) else (middle, high)
+    return high

@@ -277,7 +277,8 @@ def test_a_threshold_for_exits_that_are_off_is_said_to_change_nothing(run, finis
         done = run("evaluate", finished, "--threshold", 0.2, "--no-speed")
         assert done.status == 0
         assert re.fullmatch(
-            f"{which} off in .*: --threshold changes nothing there. To choose anew, .*: ptee tune .*\\n", done.err
+            f"{which} off in .*: --threshold changes nothing there. To choose anew, .*: ptee tune out --max-fidelity-drop 0.01\\n",
+            done.err,
         )
     assert run("evaluate", finished, "--no-speed").err == ""
 
@@ -286,6 +287,7 @@ def test_the_confidence_of_a_run_is_set_as_the_refusal_says(run, finished):
     done = run("evaluate", finished, "--confidence", "entropy")
     assert_refused(done, "is set in Python: .*model.confidence = NAME")
     said = re.search(r"in Python: (.*)\.$", done.err).group(1)
-    exec(said, {"ptee": ptee, "RUN": finished, "NAME": "entropy"})
+    assert "ptee.load('out')" in said
+    exec(said, {"ptee": ptee, "NAME": "entropy"})
     assert ptee.load(finished).confidence == "entropy"
     assert run("evaluate", finished, "--no-speed").status == 0

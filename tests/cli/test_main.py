@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from command import RANDOM, Done, assert_refused
 
 import ptee
 from ptee._common.errors import Argument, Interrupted, PteeError
-from ptee.cli.main import _failed, cli
+from ptee.cli.main import EXAMPLES, _failed, cli
 
 COMMANDS = (
     *("augment", "plan", "advise", "evaluate", "tune", "compare", "report", "bench"),
@@ -101,6 +102,25 @@ def test_what_is_mistyped_is_refused_in_one_line(words, said, run, elsewhere):
     done = run(*words)
     assert_refused(done, said)
     assert (done.out, list(elsewhere.iterdir())) == ("", [])
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_where_something_is_missing_there_is_an_example_that_can_be_typed(command, run):
+    done = run(command)
+    assert_refused(done, rf"^Missing (argument|option) .*\. Such as: ptee {command} ")
+    _, *words = shlex.split(done.err.partition(": ")[2])
+    cli.make_context("ptee", words)
+    cli.commands[command].make_context(command, words[1:])
+
+
+def test_every_command_that_needs_a_word_more_has_an_example(run):
+    run("--version")  # which adds the commands
+    assert {name for name, each in cli.commands.items() if any(p.required for p in each.params)} == EXAMPLES.keys()
+
+
+def test_the_example_is_of_the_run_that_was_typed(run, finished):
+    assert_refused(run("export", finished), "Missing option '--out'. Such as: ptee export out --out exported$")
+    assert_refused(run("tune"), "Such as: ptee tune runs/r50 --max-drop 0.01$")
 
 
 @pytest.mark.parametrize("words", [["{}", ""], ["{}="]], ids=["apart", "after an equals sign"])

@@ -160,6 +160,8 @@ def test_without_labels_of_the_backbone_the_heads_learn_its_answers(sweep, thing
 REFUSED = {
     "an unknown setting": (["sed=0,1"], "Unknown setting 'sed'. Did you mean 'seed'"),
     "no values": (["seed"], "'seed' has no values. Write NAME=VALUE,VALUE, such as seed=0,1,2"),
+    "a value that is lacking": (["epochs=1,,2"], r"'epochs=1,,2' cannot be read: beside a comma there is nothing\. Write epochs=1,2\.$"),
+    "no value": (["epochs=1,null"], "--over training.epochs=null must be a whole number, or 'auto'. Leave it out for the default"),
     "a setting twice": (["seed=0", "seed=1"], "The setting seed is given twice"),
     "a value twice": (["seed=0,0"], "Two runs would be called seed=0"),
     "a value that cannot be": (["seed=0,-1"], "seed=-1 must be 0 or more"),

@@ -117,7 +117,7 @@ def test_the_executor_whose_times_are_taken_can_be_named(run, timed):
     )
     assert_refused(
         run(*words, "eager"),
-        r"eager was not measured, only hooks\. .*ptee bench RUN --executor hooks,eager --batch-sizes 2 --save",
+        r"eager was not measured, only hooks\. .*ptee bench out --executor hooks,eager --batch-sizes 2 --save",
     )
     assert run(*words, "hooks").status == 0
     assert make_recipe(timed).thresholds.executor == "hooks"
@@ -127,6 +127,8 @@ def test_if_no_exit_is_fast_enough_all_are_off(run, timed):
     with_heads(timed, 5.0)
     done = run("tune", timed, *ON_CPU, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--no-speed")
     assert "nothing within the target is faster than the bare backbone" in done.out
+    assert "Take fewer or cheaper heads, or batches of another size." in done.out
+    assert "Train longer" not in done.out
     assert read_json(timed, "config.json")["off"] == [0, 1]
 
 
@@ -200,7 +202,21 @@ def test_times_of_another_machine_are_refused_by_name(run, timed):
     times = read_json(timed, "times.json")
     (timed / "times.json").write_text(json.dumps(times | {"device_name": "another"}))
     done = run("tune", timed, "--max-fidelity-drop", 0.9, "--cost", "time", "--at-batch", 2, "--device", "cpu")
-    assert_refused(done, r"times\.json was measured with device_name another, and here it is .*ptee bench RUN --save")
+    assert_refused(done, r"times\.json was measured with device_name another, and here it is .*ptee bench out --save")
+
+
+def test_a_suggested_command_has_the_name_of_the_run_as_a_shell_takes_it(run, timed):
+    mine = timed.rename("my run")
+    times = read_json(mine, "times.json")
+    (mine / "times.json").write_text(json.dumps(times | {"device_name": "another"}))
+    for words in (("tune", mine, "--max-fidelity-drop", 0), ("compare", mine)):
+        done = run(*words, *ON_CPU, "--cost", "time", "--at-batch", 2)
+        assert_refused(done, "with device_name another.* Measure again: ptee bench 'my run' --save$")
+    (mine / "times.json").unlink()
+    done = run("tune", mine, "--max-fidelity-drop", 0, "--cost", "time")
+    assert_refused(done, "ptee bench 'my run' --save$")
+    done = run("bench", mine, *ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--save")
+    assert "Thresholds by them: ptee tune 'my run' --max-drop 0.01 --cost time" in done.out
 
 
 REFUSED = {
@@ -238,7 +254,7 @@ def test_what_is_about_seconds_is_refused_where_operations_are_counted(words, ru
 
 
 BENCH = {
-    "a run and a model": (["RUN", "--model", "resnet50"], "Both a RUN and --model resnet50 are given"),
+    "a run and a model": (["RUN", "--model", "resnet50"], "Both the run out and --model resnet50 are given"),
     "other exits for a run": (["RUN", "--exits", "linear"], "--exits is about a model with untrained exits"),
     "random weights for a run": (["RUN", "--no-pretrained"], "--no-pretrained is about a model"),
     "a setting for a run": (["RUN", "--set", "exits.head=pool"], "--head is about a model"),

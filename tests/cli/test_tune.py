@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ptee.pipeline import saved_run
 from ptee.pipeline.recipe import make_recipe
+from ptee.tuning.solution import RISKY, Solution
 
 
 def test_tune_keeps_thresholds_in_the_run_and_measures_on_other_images(run, finished):
@@ -52,6 +53,12 @@ def test_a_dry_run_shows_thresholds_and_changes_nothing(run, finished):
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_what_tune_advises_to_type_has_the_name_of_the_run(run, finished, monkeypatch):
+    monkeypatch.setattr(Solution, "_too_few", property(lambda _: RISKY.format("max-drop", 0.01)))
+    done = run("tune", finished.rename("my run"), "--max-fidelity-drop", 0.5, "--no-speed")
+    assert "ptee tune 'my run' --max-drop 0.01 --margin 0" in done.out
+
+
 def test_where_the_same_thresholds_are_chosen_again_it_says_that_nothing_changed(run, finished):
     words = ("tune", finished, "--max-fidelity-drop", 0.5, "--no-speed")
     assert run(*words).out.endswith(f"\nThe thresholds are kept in {finished}.\n")
@@ -77,7 +84,11 @@ def test_as_json_the_results_are_all_there_is_on_standard_output(run, finished):
 
 
 REFUSED = {
-    "no target": ([], "Give one of --max-drop, --max-fidelity-drop and --max-cost"),
+    "no target": ([], "no target for the thresholds. Give one: --max-drop 0.01, --max-fidelity-drop 0.01 or --max-cost 0.6"),
+    "a threshold in place of a target": (
+        ["--threshold", 0.7],
+        r"^--threshold is no option of this command\. tune chooses .* by ptee evaluate out --threshold 0\.7, .*ptee\.load\('out'\); .*threshold = 0\.7",
+    ),
     "two targets": (["--max-drop", 0.1, "--max-cost", 0.5], "--max-drop 0.1 and --max-cost 0.5 are given"),
     "a margin that is none": (["--max-cost", 0.9, "--margin", "much"], "--margin much must be a number, or 'auto'"),
     "a margin above the drop": (["--max-drop", 0.1, "--margin", 0.2], "--margin 0.2 leaves nothing of --max-drop 0.1"),
@@ -93,6 +104,9 @@ REFUSED = {
     "a guarantee of a cost": (["--max-cost", 0.9, "--confidence", 0.95], "--confidence 0.95 does not go with --max-cost 0.9"),
     "a guarantee that is no number": (["--max-drop", 0.1, "--confidence", "max_prob"], "--confidence max_prob must be a number.*0.95.*model.confidence = NAME"),
     "a guarantee without doubt": (["--max-drop", 0.1, "--confidence", 1], "--confidence 1 must be below 1"),
+    "a guarantee in percent": (["--max-drop", 0.1, "--confidence", "95%"], r"--confidence 95% must be a number\. Did you mean 0\.95\?$"),
+    "a drop in percent": (["--max-drop", "1%"], r"--max-drop 1% must be a number\. Did you mean 0\.01\?$"),
+    "a cost in percent": (["--max-cost", "50"], r"--max-cost 50 must be below 10\. Did you mean 0\.5\?$"),
     "each exit without a guarantee": (["--max-drop", 0.1, "--each-exit"], "--each-exit is about a guarantee.*--confidence 0.95"),
     "a drop near chance": (["--max-drop", 0.1], "--max-drop 0.1 needs labels.*--classes FILE.*--max-fidelity-drop 0.1"),
 }  # fmt: skip
@@ -154,7 +168,7 @@ def test_other_data_are_halved_too(run, finished, things):
     assert evaluated(run, finished, "--data", things / "two")["samples"] == 6
     own = evaluated(run, finished)
     assert own["samples"] == 3
-    said = f"The run's thresholds were chosen on images of '{things / 'two'}'; whether some of them are among these is not known."
+    said = f"The run's thresholds were chosen on '{things / 'two'}'; whether some of its images are among these is not known."
     assert said in own["about"]
     assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
 

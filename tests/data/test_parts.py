@@ -124,7 +124,7 @@ def test_a_lock_that_is_a_folder_is_refused(tmp_path):
     ("about", "planned", "said"),
     [
         ({**ABOUT, "heads": "b"}, 2, r"another heads \(a, now b\)"),
-        ({**ABOUT, "source": {"kind": "tar", "bytes": 5}}, 2, r"another source\.bytes \(4, now 5\)"),
+        ({**ABOUT, "source": {"kind": "tar", "bytes": 5}}, 2, r"another source \(bytes: 4, now 5\)"),
         (ABOUT, 3, r"another number of parts \(2, now 3\)"),
     ],
 )

@@ -424,7 +424,7 @@ GONE = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer,
 RUNNER = """
 import sys
 from ptee.deploy import runner
-runner._answered = lambda folder, *pictures: ["an answer"] * len(pictures)
+runner._answered = lambda folder, *pictures: (["an answer"] * len(pictures), [])
 sys.exit(runner.main(sys.argv[1:]))
 """
 OUTPUTS = {
@@ -451,8 +451,31 @@ def test_output_of_the_runner_that_cannot_be_written_is_told_in_one_line(where):
 
 
 def test_the_runner_says_how_it_is_called_with_status_2(capsys):
-    assert runner_main([]) == 2
-    assert capsys.readouterr().err == "usage: python -m ptee.deploy.runner FOLDER IMAGE ...\n"
+    said = "usage: python -m ptee.deploy.runner FOLDER IMAGE ..., such as exported cat.jpg. --help says more.\n"
+    for words in ([], ["folder"]):
+        assert runner_main(words) == 2
+        assert capsys.readouterr().err == said
+
+
+def test_the_help_of_the_runner_has_an_example(capsys):
+    assert runner_main(["--help"]) == 0
+    shown = capsys.readouterr()
+    assert "\npython -m ptee.deploy.runner exported cat.jpg dog.jpg\n" in shown.out
+    assert shown.err == ""
+
+
+def test_beside_a_picture_that_cannot_be_read_the_runner_answers_the_others(tmp_path, capsys):
+    folder = str(ptee.export(made(), tmp_path / "out"))
+    good, bad, nowhere = (str(tmp_path / name) for name in ("good.png", "bad.png", "nowhere.png"))
+    picture(200, "RGB", (20, 16)).save(good)
+    Path(bad).write_text("no picture")
+    assert runner_main([folder, good, bad, nowhere, good]) == 2
+    shown = capsys.readouterr()
+    assert [line.partition(": class ")[0] for line in shown.out.splitlines()] == [good, good]
+    first, second = shown.err.splitlines()
+    assert first.startswith(f"{bad} is no picture that can be read: ")
+    assert second == f"There is no file {nowhere}."
+    assert (runner_main([folder, bad]), capsys.readouterr().out) == (2, "")
 
 
 @needs_onnx

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ptee.evaluation.comparison_table import Comparison, Entry, Line
+from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 
 
 def entry(cost: float, drop: float, allowed: float | None = None, in_calibration: float = 0.0) -> Entry:
@@ -142,6 +142,26 @@ def test_the_last_line_says_in_one_sentence_that_something_else_is_better(kind):
     found = comparison(OURS, Line("other", kind, (entry(0.4, 0.005, 0.01),)))
     last = "In short, for 0.01 lost at most: other loses no more and costs less: cost 0.4000 instead of 0.5000, that of ours."
     assert str(found).splitlines()[-1] == found.bottom_line == found.to_dict()["bottom_line"] == last
+
+
+@pytest.mark.parametrize(
+    ("unit", "instead"),
+    [
+        (COUNTED, "Train longer"),
+        ("the bare backbone's time", "Take fewer or cheaper heads, or batches of another size"),
+    ],
+)
+def test_where_exits_save_nothing_the_advice_is_about_what_costs(unit, instead):
+    found = replace(comparison(Line("ours", "adaptive", (entry(1.2, 0, 0.01),))), unit=unit)
+    assert found.bottom_line.endswith(
+        f"no early exits that save anything keep this. {instead}, or allow a larger loss."
+    )
+
+
+def test_what_costs_the_same_is_not_said_to_cost_so_much_instead():
+    found = comparison(OURS, Line("other", "cascade", (entry(0.49999, 0.005, 0.01),)))
+    last = "In short, for 0.01 lost at most: other loses no more and costs the same: cost 0.5000, as much as ours."
+    assert found.bottom_line == last
 
 
 def test_the_last_line_names_the_column_of_each_cell_that_is_not_in_that_of_the_drop():

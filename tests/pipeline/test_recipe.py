@@ -141,6 +141,26 @@ def test_with_thresholds_that_are_given_those_of_the_recipe_are_no_longer_chosen
     assert (thresholds.threshold, thresholds.margin, thresholds.one_threshold) == (0.7, "auto", False)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "epochs=3",
+        "training.epochs=3",
+        "exits=[layer1, layer2]",
+        "confidence=entropy",
+        "confidence=0.9",
+        "cache=true",
+        "seed=3",
+        "views=2",
+    ],
+)
+def test_a_setting_has_the_same_names_in_a_file_as_on_the_command_line(setting, tmp_path):
+    name, _, value = setting.partition("=")
+    (tmp_path / "recipe.yaml").write_text(f"training: {{lr: 0.1}}\n{name}: {value}\n")
+    typed = make_recipe({"training": {"lr": 0.1}}, dict([read_setting(setting)]))
+    assert make_recipe(tmp_path / "recipe.yaml") == typed
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
@@ -150,9 +170,10 @@ REFUSED = {
     "an unknown setting": (None, {"epoch": 3}, "Unknown setting 'epoch'. Did you mean 'epochs'"),
     "an unknown setting of a section": ({"training": {"epoch": 3}}, {}, "training.epoch=3 is unknown. Did you mean 'epochs'"),
     "an unknown section": ({"train": {"epochs": 3}}, {}, "train=.* is unknown. Did you mean 'training'"),
-    "a value in place of a section": ({"exits": ["a", "b"]}, {}, r"^exits=\['a', 'b'\] stands at the wrong place\. Write exits: \{places: \[a, b\]\}\.$"),
-    "a name in place of a section": ({"confidence": "entropy"}, {}, r"Write confidence: \{name: entropy\}\.$"),
-    "a setting without its section": ({"lambda": 0.5}, {}, r"Write training: \{cost_weight: 0\.5\}\.$"),
+    "a setting in its section and beside it": ({"epochs": 2, "training": {"epochs": 3}}, {}, r"^training\.epochs is given twice, in its section and beside it\. Give it once\.$"),
+    "one setting beside its section by two names": ({"lambda": 0.5, "cost_weight": 0.5}, {}, r"^training\.cost_weight is given twice"),
+    "a section that is no mapping, and a setting of it": ({"training": 3, "epochs": 3}, {}, "training=3 must be a mapping of settings"),
+    "no value": (None, dict([read_setting("epochs=null")]), r"^training\.epochs=None must be a whole number, or 'auto'\. Leave it out for the default\.$"),
     "a section that is no mapping": ({"training": 3}, {"epochs": 3}, "training=3 must be a mapping of settings"),
     "a value below the least": (None, {"epochs": 0}, "^epochs=0 must be 1 or more, or 'auto'"),
     "a number that may be octal": (None, dict([read_setting("seed=010")]), "seed='010' must be a whole number"),
@@ -196,10 +217,9 @@ NO_RECIPES = {
     "a key that is no option": ("base: {a: 1}\n", r"In the recipe .*recipe\.yaml, line 1: base=.* is unknown\. Did you mean"),
     "a section without values": ("training:\n", r"In the recipe .*recipe\.yaml, line 1: training=None must be a mapping"),
     "an unknown setting": ("seed: 1\ntraining:\n  lr: 0.1\n  epoch: 3\n", r"^In the recipe .*recipe\.yaml, line 4: training\.epoch=3 is unknown"),
-    "a setting without its section": ("epochs: 1\n", r"recipe\.yaml, line 1: epochs=1 stands at the wrong place\. Write training: \{epochs: 1\}\.$"),
+    "a wrong value without its section": ("seed: 1\nepochs: many\n", r"recipe\.yaml, line 2: training\.epochs='many' must be a whole number"),
     "a setting in another section": ("training: {head: pool}\n", r"training\.head='pool' stands at the wrong place\. Write exits: \{head: pool\}\.$"),
     "a setting of all in a section": ("exits: {seed: 3}\n", r"exits\.seed=3 stands at the wrong place\. Write seed: 3\.$"),
-    "how many exits": ("exits: 3\n", r"exits=3 stands at the wrong place\. Write exits: \{number: 3\}\.$"),
     "a truth value": ("training: true\n", r"recipe\.yaml, line 1: training=True must be a mapping"),
     "a setting whose name begins another line, too": (
         "confidence:\n  name: learned\nthresholds: {confidence: 2}\n", r"In the recipe \S*recipe\.yaml: thresholds\.confidence=2"),

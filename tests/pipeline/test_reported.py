@@ -119,6 +119,20 @@ def test_a_run_that_keeps_times_is_reported_by_what_they_cost_beside_a_smaller_n
     assert "share of the bare backbone&#39;s time (hooks, batch 4" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_where_nobody_names_drops_that_of_the_run_is_among_them(fitted, tmp_path):
+    model, _ = fitted
+    before = model.results
+    tuning = {"target": {"kind": "max_drop", "limit": 0.03}, "threshold": list(model.threshold), "off": list(model.off)}
+    model.results = {**model.results, "tuning": tuning}
+    how = {"out": tmp_path / "own.html", "pictures": False, "lines": ["own"]}
+    own = "At most 0.03 lost: .* This drop is the run&#39;s own target\\."
+    assert re.search(own, ptee.write_report(model, data(), **how).read_text(encoding="utf-8"))
+    text = ptee.write_report(model, data(), drops=[0.01], **how).read_text(encoding="utf-8")
+    assert "The thresholds were chosen to lose at most 0.03 of accuracy, and no sentence here is about that." in text
+    model.results = before
+
+
 @pytest.mark.parametrize(
     ("change", "words", "argument"),
     [

@@ -134,3 +134,38 @@ def test_a_still_picture_without_kaleido_is_refused_with_what_to_install(tmp_pat
     assert Argument("out", "x.html") in why.value.parts
     with pytest.raises(RunError, match=r"ends in \.png or \.svg or \.html"):
         require_picture(tmp_path / "x.jpg")
+
+
+def chosen_for(of, kind: str, limit: float):
+    """The same run, whose thresholds were chosen for this."""
+    tuning = {"target": {"kind": kind, "limit": limit}, "threshold": list(of.model.threshold), "off": []}
+    return replace(of, metrics={"results": {"tuning": tuning}})
+
+
+def what_is_cheapest(of) -> list[str]:
+    return list(next(part.words for part in parts(of) if part.key == "alternatives"))
+
+
+def test_what_is_cheapest_within_the_run_s_own_target_is_said_first_and_as_its_own(evil):
+    (line,) = evil.comparison.lines
+    line = replace(line, entries=(replace(line.entries[0], allowed=0.005), *line.entries))
+    compared = replace(evil, comparison=replace(evil.comparison, drops=(0.005, 0.01), lines=(line,)))
+    first, second, _ = what_is_cheapest(chosen_for(compared, "max_drop", 0.01))
+    assert first.startswith("At most 0.01 lost: ")
+    assert first.endswith(" This drop is the run's own target.")
+    assert second.startswith("At most 0.005 lost: ")
+    assert "own target" not in second
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "asked"),
+    [
+        ("max_drop", 0.03, "to lose at most 0.03 of accuracy"),
+        ("max_drop", -0.008, "to gain at least 0.008 of accuracy"),
+        ("max_fidelity_drop", 0.01, "to change at most 0.01 of the answers"),
+        ("max_cost", 0.5, "to cost at most 0.5"),
+    ],
+)
+def test_that_nothing_is_said_of_the_run_s_own_target_is_said(evil, kind, limit, asked):
+    said = what_is_cheapest(chosen_for(evil, kind, limit))
+    assert said[0] == f"The thresholds were chosen {asked}, and no sentence here is about that."

@@ -79,7 +79,7 @@ def test_a_file_that_cannot_be_right_is_refused_in_one_line(change, said, tmp_pa
     (tmp_path / "times.json").write_text(json.dumps(values(schema_version=1) | change))
     with pytest.raises(RunError, match=said) as refused:
         read_times(tmp_path)
-    assert "ptee bench RUN --save" in str(refused.value)
+    assert f"Measure again: ptee bench {tmp_path} --save" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

@@ -26,7 +26,7 @@ def test_thresholds_that_are_given_need_no_target():
 REFUSED = {
     "no target": ({}, r"no target.*Give one: max_drop=0.01, max_fidelity_drop=0.01 or max_cost=0.6\.", None),
     "two": ({"max_drop": 0.1, "max_cost": 0.5}, "max_drop=0.1 and max_cost=0.5 are given", "max_drop"),
-    "a percentage": ({"max_drop": 2}, "max_drop=2 must be below 1", "max_drop"),
+    "a percentage": ({"max_drop": 2}, r"max_drop=2 must be below 1\. Did you mean 0\.02\?$", "max_drop"),
     "a negative drop": ({"max_fidelity_drop": -0.1}, "max_fidelity_drop=-0.1 must be 0 or more", "max_fidelity_drop"),
     "NaN": ({"max_drop": math.nan}, "max_drop=nan must be a finite number", "max_drop"),
     "words": ({"max_drop": "0.1"}, "max_drop='0.1' must be a number", "max_drop"),
@@ -76,3 +76,8 @@ def test_how_thresholds_are_chosen_is_no_question_where_they_are_given(settings)
 
 def test_the_drops_of_a_comparison_have_a_default():
     assert DropsConfig().drops == (0.0, 0.005, 0.01, 0.02)
+
+
+def test_a_drop_below_zero_is_called_a_gain():
+    assert str(Target("max_drop", -0.008)) == "accuracy at least 0.008 above the backbone's"
+    assert str(Target("max_drop", 0.0)) == "accuracy at most 0 below the backbone's"
