@@ -6,7 +6,8 @@ Tensors on the meta device have no numbers: what ptee leaves to the default devi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
+@contextmanager
+def bfloat16_by_default() -> Iterator[None]:
+    """Meanwhile floating-point tensors are made in that type unless a type is given."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("step", [pytest.param(name, marks=needs_onnx) if "ONNX" in name else name for name in STEPS])
 def test_it_gives_the_same_with_another_default_device(step, tmp_path):
     torch.manual_seed(0)
@@ -123,5 +134,19 @@ def test_it_gives_the_same_with_another_default_device(step, tmp_path):
     torch.manual_seed(0)
     model = made("conv1")
     with torch.device("meta"):
+        got = STEPS[step](model, data, tmp_path / "two")
+    assert got == want
+
+
+@pytest.mark.parametrize("step", [name for name in STEPS if "ONNX" not in name])
+def test_it_gives_the_same_with_another_default_number_type(step, tmp_path):
+    """Many programs set one while they build networks."""
+    torch.manual_seed(0)
+    images, labels = labelled(N)
+    data = TensorDataset(images.cpu(), labels.cpu())
+    want = STEPS[step](made("conv1"), data, tmp_path / "one")
+    torch.manual_seed(0)
+    model = made("conv1")
+    with bfloat16_by_default():
         got = STEPS[step](model, data, tmp_path / "two")
     assert got == want

@@ -170,8 +170,10 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     images have the device and type of the module's parameters.
     """
     like = one_parameter(module)
-    noise = torch.randn(rows, *input_size, generator=torch.Generator().manual_seed(0), device="cpu")
-    contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, device="cpu") * GOLDEN % 1)
+    noise = torch.randn(
+        rows, *input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
+    contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, dtype=torch.float32, device="cpu") * GOLDEN % 1)
     noise = noise * contrasts[:, None, None, None]
     return noise.to(like.device, like.dtype)
 

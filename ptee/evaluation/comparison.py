@@ -261,13 +261,13 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
     assert backbone.logits is not None
     return Traces(
         torch.stack([logits.argmax(-1), backbone.answers[-1]]),
-        torch.ones(2, len(logits), device=logits.device),
+        torch.ones(2, len(logits), dtype=torch.float32, device=logits.device),
         backbone.targets,
         backbone.costs.new_tensor([cost, 1 + cost]),
         backbone.sample,
         logits=torch.stack([compact(logits), backbone.logits[-1]]),
         head_costs=backbone.costs.new_tensor([cost]),
-        confidence_logits=torch.zeros(1, len(logits), device=logits.device),
+        confidence_logits=torch.zeros(1, len(logits), dtype=torch.float32, device=logits.device),
     ).under(MAX_PROB)
 
 

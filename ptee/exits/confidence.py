@@ -227,7 +227,9 @@ def same_definition(one: Any, other: Any) -> bool:
 
 
 def _check_function(name: str, function: OfProbabilities) -> None:
-    p = (3 * torch.randn(4, 10, generator=torch.Generator().manual_seed(0), device="cpu")).softmax(-1)
+    p = (3 * torch.randn(4, 10, dtype=torch.float32, generator=torch.Generator().manual_seed(0), device="cpu")).softmax(
+        -1
+    )
     h = function(p.clone())
     if not isinstance(h, Tensor) or h.shape != (4,):
         found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__

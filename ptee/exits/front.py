@@ -171,7 +171,7 @@ class Prepare(nn.Module):
         pairs = zip(given.mean, given.std, wanted.mean, wanted.std, strict=True)
         steps = [(std / own_std, (mean - own_mean) / own_std) for mean, std, own_mean, own_std in pairs]
         self.same = all(step == (1.0, 0.0) for step in steps)
-        scale, shift = torch.tensor(steps, device="cpu").T[:, :, None, None]
+        scale, shift = torch.tensor(steps, dtype=torch.float32, device="cpu").T[:, :, None, None]
         self.scale: Tensor
         self.shift: Tensor
         self.register_buffer("scale", scale, persistent=False)

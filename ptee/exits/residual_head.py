@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
 from ptee.exits.head_spec import RESIDUAL, HeadSpec, Stage
 
@@ -61,7 +62,8 @@ class ResidualFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, channels of the last stage)."""
-        x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
+        if not is_batchedtensor(x):  # of torch.func.vmap, which knows no such formats
+            x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
         return self.rest(self.entry(x)).mean((2, 3))
 
 

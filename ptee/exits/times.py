@@ -66,8 +66,12 @@ class BatchTimes:
         left = torch.as_tensor(shares, dtype=torch.float64, device=self.segments.device)
         come = (1 - torch.cat([left.new_zeros(1), left[:-1].cumsum(0)])).clamp(0, 1)
         rows = torch.distributions.Binomial(self.batch, come[:, None], validate_args=False)
-        chance = rows.log_prob(torch.arange(self.batch + 1.0, device=come.device).double()[None]).exp()  # (E+1, b+1)
-        chance = torch.where(come[:, None] >= 1, torch.eye(self.batch + 1, device=come.device).double()[-1], chance)
+        chance = rows.log_prob(
+            torch.arange(self.batch + 1, dtype=torch.float64, device=come.device)[None]
+        ).exp()  # (E+1, b+1)
+        chance = torch.where(
+            come[:, None] >= 1, torch.eye(self.batch + 1, dtype=torch.float64, device=come.device)[-1], chance
+        )
         segments, heads = (chance * self.segments).sum(1), (chance[:-1] * self.heads).sum(1)
         if self.moves is not None:
             heads = heads + (chance[:-1] * self._some_leave(come) * self.moves).sum(1)

@@ -106,11 +106,16 @@ class Call:
         self.hooks, self.heads, self.plan = hooks, heads, plan
         self.rows = ActiveRows(batch)
         self.passed = 0
-        self.gradients = torch.is_grad_enabled()  # of the heads
+        self._enabled = torch.is_grad_enabled()
         self.through = False  # and of the backbone
         self.builds_on_previous = any(getattr(head, "builds_on_previous", False) for head in heads)
         self.keeps_logits = self.builds_on_previous  # for later exits
         self._logits: dict[int, tuple[int, Tensor]] = {}  # of the exits so far, each with its moment
+
+    @property
+    def gradients(self) -> bool:
+        """Whether answers of heads carry gradients to the heads."""
+        return self._enabled
 
     def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:
         """The backbone's answer. The exit at the input, if there is one, is the first that the images pass."""
@@ -275,6 +280,11 @@ class ExitEarly(Call):
         self._left: list[_Leavers] = []
 
     @property
+    def gradients(self) -> bool:
+        """Only with those of the backbone: else it would depend on the other rows of the batch."""
+        return self.through
+
+    @property
     def restarted(self) -> bool:  # type: ignore[override]
         """This is not the first pass of the call."""
         return self.cache.restarted
@@ -331,7 +341,7 @@ class ExitEarly(Call):
         """The rows back in order. `answer` is the backbone's for rows that never left; None where all rows left."""
         if answer is not None:
             dtype = answer.dtype
-            sure = torch.ones(len(answer), device=answer.device)
+            sure = torch.ones(len(answer), dtype=torch.float32, device=answer.device)
             self._left.append(_Leavers(self.rows.since(), len(self.plan.exits), self._at_end(answer), sure))
         costs = self.plan.costs
         logits = _joined([p.logits for p in self._left]).to(dtype or self._left[-1].logits.dtype)
@@ -376,7 +386,7 @@ class SoftAnswer(ExitEarly):
         for _, _, log_y, h in reversed(self._left):
             leave, stay = (share[:, None] for share in (h.log(), (-h).log1p()))
             blended = torch.where(h[:, None] > 0, torch.logaddexp(leave + log_y, stay + blended), blended)
-        sure = torch.ones(len(answer), device=answer.device)
+        sure = torch.ones(len(answer), dtype=torch.float32, device=answer.device)
         end = len(self.plan.exits)
         return ExitOutput(
             blended.to(answer.dtype), torch.full_like(sure, end, dtype=torch.int64), sure, sure * self.plan.costs[-1]

@@ -85,7 +85,7 @@ def thumbnail(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> str
     """An image (c, h, w) as the network takes it, as a small PNG or JPEG in a data: address."""
     from PIL import Image
 
-    scale, shift = (torch.tensor(list(x), device="cpu")[:, None, None] for x in (std, mean))
+    scale, shift = (torch.tensor(list(x), dtype=torch.float32, device="cpu")[:, None, None] for x in (std, mean))
     pixels = ((image.float().cpu() * scale + shift).nan_to_num(0).clamp(0, 1) * 255).round().byte()
     shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
     array = shown.permute(1, 2, 0).squeeze(-1).numpy()

@@ -164,7 +164,7 @@ def _rates(model: EarlyExitModel, config: TrainingConfig, device: torch.device) 
     around = torch.autocast(device.type, wide, enabled=wide is not None)
     with own_random_numbers(config.seed):
         rows = min(config.batch_size, ON_CPU) if device.type == "cpu" else config.batch_size
-        x = torch.randn(rows, *model.plan.input_size, device="cpu")
+        x = torch.randn(rows, *model.plan.input_size, dtype=torch.float32, device="cpu")
     x = model.prepared(x)
     labels = torch.zeros(len(x), dtype=torch.int64, device=device)
 

@@ -95,7 +95,7 @@ class Worker:
         try:
             return self.transform(decode_bytes(sample.image)), ""
         except DataError as why:
-            return torch.zeros(self.model.plan.input_size, device="cpu"), str(why) or "damaged"
+            return torch.zeros(self.model.plan.input_size, dtype=torch.float32, device="cpu"), str(why) or "damaged"
 
     def _label(self, sample: Sample) -> int:
         if sample.label != UNKNOWN_LABEL or not sample.class_name:

@@ -289,7 +289,7 @@ class Engine:
             if len(rows):
                 said = select_rows(logits, rows, 0, 1)
                 exits = torch.full((len(rows),), step.exit, device=said.device)
-                cost = torch.full((len(rows),), self.pieces.costs[step.exit], device=said.device)
+                cost = torch.full((len(rows),), self.pieces.costs[step.exit], dtype=torch.float32, device=said.device)
                 sure = torch.from_numpy(h[rows]).to(said.device)
                 self._watch(select_rows(batch.images, rows, 0, 1), not own)(Answers(said, exits, sure, cost))
 

@@ -128,7 +128,7 @@ def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
 
 def _times(model: EarlyExitModel, b: int, ways: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
     """Seconds of the model for each number of images that leave, and of the parts of the backbone that make up the limits."""
-    x = model.prepared(torch.randn(b, *model.plan.input_size, device="cpu"))
+    x = model.prepared(torch.randn(b, *model.plan.input_size, dtype=torch.float32, device="cpu"))
     staying = x[b // 2 :]
     calls: dict[str, Callable[[], object]] = {
         "bare": lambda: model.backbone(x),
@@ -147,7 +147,7 @@ def _threshold(model: EarlyExitModel, b: int, leaving: int) -> Any:
     if leaving in (0, b):
         return [ALWAYS if leaving else NEVER, *[NEVER] * (len(model.exits) - 1)]
     # On the CPU, where the check for NaN does not wait for a GPU.
-    threshold = torch.full((b, len(model.exits)), NEVER, device="cpu")
+    threshold = torch.full((b, len(model.exits)), NEVER, dtype=torch.float64, device="cpu")
     threshold[:leaving, 0] = ALWAYS
     return threshold
 

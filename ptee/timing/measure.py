@@ -66,7 +66,7 @@ def hook_laps(model: EarlyExitModel, x: Tensor, mark: Mark, one_leaves: bool = F
     exits = len(model.exits)
     thresholds: Any = [NEVER] * exits
     if one_leaves:
-        thresholds = torch.full((len(x), exits), NEVER, device="cpu")
+        thresholds = torch.full((len(x), exits), NEVER, dtype=torch.float64, device="cpu")
         thresholds[:exits].fill_diagonal_(ALWAYS)
     never = model.thresholds_of_call(thresholds, len(x))
     call = _Timed(model.exit_hooks, list(model.heads), model.plan, len(x), model.rule, never)

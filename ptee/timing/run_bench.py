@@ -241,7 +241,7 @@ def _ways(model: EarlyExitModel, b: int) -> dict[str, Tensor]:
     ways = {}
     for words, leaving in leaving_at_first(b).items():
         # For each row, so that it is waited for who leaves also where nobody does.
-        ways[words] = torch.full((b, len(model.exits)), NEVER, device="cpu")
+        ways[words] = torch.full((b, len(model.exits)), NEVER, dtype=torch.float64, device="cpu")
         ways[words][:leaving, 0] = ALWAYS
     return ways
 

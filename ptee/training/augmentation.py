@@ -148,7 +148,7 @@ def shift_maps(x: Tensor, pixels: Tensor, input_size: tuple[int, int]) -> Tensor
     if x.dim() != 4:
         return x
     h, w = x.shape[2:]
-    strides = torch.tensor([input_size[0] / h, input_size[1] / w], device=pixels.device)
+    strides = torch.tensor([input_size[0] / h, input_size[1] / w], dtype=torch.float32, device=pixels.device)
     positions = (pixels / strides).round().long()
     if not positions.any():
         return x

@@ -215,7 +215,7 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
         return data.identity
     gaps = getattr(data, "gaps", ())
     n = len(data) + len(gaps)
-    drawn = torch.linspace(0, n - 1, min(SAMPLES, n), device="cpu").long().tolist()
+    drawn = torch.linspace(0, n - 1, min(SAMPLES, n), dtype=torch.float64, device="cpu").long().tolist()
     there = [place for place in drawn if place not in gaps]
     some = Subset(data, [place - sum(gap < place for gap in gaps) for place in there])
     first, second = (_hashes(some) for _ in range(2))

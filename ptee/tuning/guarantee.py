@@ -209,7 +209,7 @@ def _cheapest(traces: Traces, steps: list[Threshold]) -> Threshold:
 def _prices(traces: Traces, steps: list[Threshold]) -> list[float]:
     if not steps or traces.times is not None:
         return [traces.score(traces.leaving(step), _off(step)).price for step in steps]
-    on = torch.tensor(steps, device=traces.costs.device) < NEVER
+    on = torch.tensor(steps, dtype=torch.float64, device=traces.costs.device) < NEVER
     return traces.costs_where(on).gather(1, _leaving(traces, steps)).mean(1).tolist()
 
 

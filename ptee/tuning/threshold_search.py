@@ -280,7 +280,11 @@ def _improved(problem: Problem, on: Tensor, price: Tensor, taken: Tensor) -> Ten
 def _steps(ends: Tensor, now: int) -> Tensor:
     """Some of the numbers of images that a threshold can take, and the present number."""
     possible = ends.nonzero()[:, 0]
-    spread = torch.linspace(0, len(possible) - 1, min(len(possible), PAIR_STEPS), device=ends.device).round().long()
+    spread = (
+        torch.linspace(0, len(possible) - 1, min(len(possible), PAIR_STEPS), dtype=torch.float64, device=ends.device)
+        .round()
+        .long()
+    )
     return torch.cat([possible.new_tensor([now]), possible[spread]]).unique()
 
 

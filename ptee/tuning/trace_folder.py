@@ -137,10 +137,10 @@ class TraceFolder(RecordedTraces):
         fault = _fault(targets, K)
         traces = Traces(
             found["answers"].long().T.contiguous(),
-            torch.cat([found["confidence"].T, torch.ones(1, n, device="cpu")]),
+            torch.cat([found["confidence"].T, torch.ones(1, n, dtype=torch.float32, device="cpu")]),
             None if fault is not None else targets,
             torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"),
-            torch.zeros(0, *model.plan.input_size, device="cpu"),
+            torch.zeros(0, *model.plan.input_size, dtype=torch.float32, device="cpu"),
             logits=z,
             note=fault or "",
             head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),

@@ -676,6 +676,14 @@ def test_operations_in_place_behind_a_cut_change_neither_answers_nor_gradients()
         torch.testing.assert_close(one.grad, two.grad)
 
 
+def test_answers_carry_gradients_where_the_images_do_whichever_rows_leave():
+    model, x = make(), images()
+    h = model.all_exits(x).confidence[0].detach()
+    for threshold in (h.median().item(), ALWAYS, NEVER):
+        assert not model.predict(x, threshold).logits.requires_grad
+        assert model.predict(x.clone().requires_grad_(), threshold).logits.requires_grad
+
+
 def test_heads_may_share_their_weights():
     model, x = make(), images()
     model.heads[1].confidence, model.heads[1].logits = model.heads[0].confidence, model.heads[0].logits

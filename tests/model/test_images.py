@@ -268,8 +268,9 @@ def test_images_are_refused_in_one_line_by(case):
         call(made(), x.to(here()))
 
 
-def test_what_looks_at_no_values_runs_in_vmap_and_jvp():
-    model, images = made(), x.to(here())
+@pytest.mark.parametrize("head", ["pool", "res-8x1"])
+def test_what_looks_at_no_values_runs_in_vmap_and_jvp(head):
+    model, images = made(head), x.to(here())
     own = model.all_exits(images).logits
     together = torch.func.vmap(lambda part: model.all_exits(part).logits)(images.view(2, 4, *SIZE))
     torch.testing.assert_close(together.transpose(0, 1).flatten(1, 2), own)
