@@ -25,7 +25,8 @@ class Solution:
         target: what they were chosen for.
         threshold: (E) T of each exit; above every confidence for exits that are off.
         off: exits that do not pay: no image leaves there, and their heads do not run.
-        score: accuracy, fidelity and cost on those images.
+        score: accuracy, fidelity and cost on those images. For blended answers, accuracy and fidelity are those of weights that
+            were fitted to other images, and the cost is that of the final ones.
         backbone: the same of the bare backbone.
         samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
@@ -95,7 +96,7 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on{self._with_weights}: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
+            f"{accuracy}fidelity {s.fidelity:.4f}{self._then}cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
         )
@@ -111,6 +112,11 @@ class Solution:
     def _with_weights(self) -> str:
         """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights."""
         return ", each answered with weights that were fitted to the others" if self.blend else ""
+
+    @property
+    def _then(self) -> str:
+        """The cost is that of the weights which the model has."""
+        return "; with the final weights " if self._with_weights else ", "
 
     @property
     def _or_unsafe(self) -> str:
