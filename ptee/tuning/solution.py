@@ -77,6 +77,11 @@ class Solution:
         """The exits that are on."""
         return tuple(n for n in range(len(self.threshold)) if n not in self.off)
 
+    @property
+    def weights_fitted(self) -> bool:
+        """Answers are blended with weights that were fitted to the images. Of too few, all answers weigh the same."""
+        return self.blend is not None and not self.blend.remark
+
     def on(self, traces: Traces) -> Score:
         """Accuracy, fidelity and cost of these thresholds on other traces of the same model."""
         traces = self.answering(traces)
@@ -111,12 +116,12 @@ class Solution:
     @property
     def _with_weights(self) -> str:
         """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights."""
-        return ", each answered with weights that were fitted to the others" if self.blend else ""
+        return ", each answered with weights that were fitted to the others" if self.weights_fitted else ""
 
     @property
     def _then(self) -> str:
         """The cost is that of the weights which the model has."""
-        return "; with the final weights " if self._with_weights else ", "
+        return "; with the final weights " if self.weights_fitted else ", "
 
     @property
     def _or_unsafe(self) -> str:

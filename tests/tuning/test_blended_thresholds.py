@@ -239,6 +239,18 @@ def test_of_blended_answers_it_says_with_which_weights_they_were_counted():
     assert said not in str(own)
 
 
+@pytest.mark.parametrize("wrong", [15, 24])
+def test_where_no_weights_were_fitted_it_says_so_of_all_the_images_and_speaks_of_no_fitted_weights(wrong):
+    few = with_wrong(wrong)  # three quarters of 24 are too few as well
+    said = str(found := solve(few, Target("max_drop", 0.02), answers="blended"))
+    right = 200 - wrong
+    assert (
+        f"200 images, {right} of which the backbone answers right, are too few to fit weights to: all answers weigh the same. "
+        "On the 200 images that this was chosen on: accuracy"
+    ) in said
+    assert "final weights" not in said and not found.weights_fitted
+
+
 def test_blended_answers_whose_final_weights_miss_the_target_by_chance_are_taken():
     found = [
         (solve(t, Target("max_drop", 0.01), answers="blended", margin=0), t)
