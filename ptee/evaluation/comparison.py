@@ -312,7 +312,7 @@ def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], s
     def entry(drop: float, found: Solution) -> Entry:
         measured = _entry(Pair(*map(found.answering, pair)), lambda t: t.leaving(found.threshold), found.off)
         return replace(
-            measured, allowed=drop, threshold=found.threshold, own=bool(found.remark), blended=found.blend is not None
+            measured, allowed=drop, threshold=found.threshold, own=bool(found.remark), blended=found.weights_fitted
         )
 
     return Line(of + words, kind, tuple(map(entry, drops, solutions)), of)

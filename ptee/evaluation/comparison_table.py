@@ -31,7 +31,7 @@ class Entry:
         off: exits that are off.
         own: the exits' own answers, because blended ones missed the target with their final weights.
         fidelity: share of the answers that are the backbone's, on the report images.
-        blended: the answers are blended, and the drop on the calibration images is that of the final weights.
+        blended: the answers are blended with weights that were fitted to the calibration images, and the drop there is that of these.
     """
 
     allowed: float | None

@@ -123,13 +123,13 @@ def _weighted(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.stack(parts).sum(0) if parts else torch.zeros_like(wide[-1])
 
 
-def fit_blend(logits: Tensor, targets: Tensor | None, equal_because: str = "") -> Blend:
+def fit_blend(logits: Tensor, targets: Tensor | None, equal: bool = False) -> Blend:
     """The weights with the lowest cross-entropy.
 
     Args:
         logits: (E+1, n, K) of images that neither the backbone nor the heads were trained on.
         targets: (n,) their labels; None: the exits learn the backbone's probabilities, and the end is not blended.
-        equal_because: a sentence that says why all answers weigh the same; without it they do where the images are too few.
+        equal: all answers weigh the same, as they do where the images are too few. The remark says that these are.
     """
     end, most = len(logits) - 1, max(1, MAX_NUMBERS // logits.shape[-1])
     rows = logits.amax(-1).isfinite().all(0).nonzero()[:, 0]
@@ -137,7 +137,7 @@ def fit_blend(logits: Tensor, targets: Tensor | None, equal_because: str = "") -
     logits = logits[:, drawn].double().clamp_min(LOWEST)
     to_the_end = targets is not None
     goal = logits[end].softmax(-1) if targets is None else targets[drawn]
-    remark = equal_because or _too_few(logits[end], None if targets is None else targets[drawn])
+    remark = _too_few(logits[end], None if targets is None else targets[drawn], equal)
     weights = {
         (n, before): (1 / (len(before) + 1),) * (len(before) + 1) if remark else _fitted(logits[[*before, n]], goal)
         for n in range(end + to_the_end)
@@ -161,11 +161,11 @@ def confidence_of_blend(name: str) -> str:
     return MAX_PROB if name == CALIBRATED else name
 
 
-def _too_few(logits: Tensor, targets: Tensor | None) -> str:
+def _too_few(logits: Tensor, targets: Tensor | None, certainly: bool) -> str:
     images = len(logits)
     right = images if targets is None else int(logits.argmax(-1).eq(targets).sum())
     rarer = images if targets is None else min(right, images - right)
-    if rarer >= MIN_OF_EITHER:
+    if rarer >= MIN_OF_EITHER and not certainly:
         return ""
     of_either = "" if targets is None else f", {right:,} of which the backbone answers right,"
     return f"{number_of(images, 'image', 'is', which=of_either)} too few to fit weights to: all answers weigh the same."

@@ -160,7 +160,7 @@ def fit(
         model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
     )
     labels = undoubted(labels_of(data, backbone, resolve_device(device)), chosen)
-    if input_size is not None and found not in (None, size := tuple(backbone.input.input_size)):
+    if input_size is not None and found != (size := tuple(backbone.input.input_size)):
         text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
     adapted = for_training(recipe_for(labels, chosen), data)

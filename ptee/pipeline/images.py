@@ -287,11 +287,12 @@ def _is_labelled(part: Any, place: int = 0) -> bool:
     return labels is not None and int(labels[0]) != UNKNOWN_LABEL
 
 
-def image_size(train_data: Any) -> tuple[int, int, int] | None:
-    """(c, h, w) of the first image of a data set, or None if it is no such tensor."""
-    try:
-        images, _ = batch_of([train_data[0]])
-    except Exception:  # whatever a user's data set raises; it is refused by name later
-        return None
+def image_size(train_data: Any) -> tuple[int, int, int]:
+    """(c, h, w) of the first image of a data set.
+
+    Raises:
+        DataError: if it is no image of a batch.
+    """
+    images, _ = batch_of([train_data[0]])
     _, channels, height, width = images.shape
     return channels, height, width

@@ -73,9 +73,9 @@ def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list
     parts = [(logits[:, fold != f], None if targets is None else targets[fold != f]) for f in range(FOLDS)]
     blends = [fit_blend(*part) for part in parts]
     # Equal weights have another scale than fitted ones, and thresholds of one do not fit the other: it is one or the other.
-    if because := next((blend.remark for blend in blends if blend.remark), ""):
-        blends = [fit_blend(*part, because) for part in parts]
-    whole = fit_blend(logits, targets, because)
+    if equal := any(blend.remark for blend in blends):
+        blends = [fit_blend(*part, equal) for part in parts]
+    whole = fit_blend(logits, targets, equal)
     found = [Candidate(small, ())]  # the bare backbone
     for on in subsets(exits)[1:] if exits <= MAX_EXITS else [tuple(range(exits))]:
         answers, h = traces.answers.clone(), traces.confidence.clone()

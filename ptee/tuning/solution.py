@@ -25,7 +25,8 @@ class Solution:
         target: what they were chosen for.
         threshold: (E) T of each exit; above every confidence for exits that are off.
         off: exits that do not pay: no image leaves there, and their heads do not run.
-        score: accuracy, fidelity and cost on those images.
+        score: accuracy, fidelity and cost on those images. For blended answers, accuracy and fidelity are those of weights that
+            were fitted to other images, and the cost is that of the final ones.
         backbone: the same of the bare backbone.
         samples: number of images.
         margin: how much of the target's limit was kept in reserve for other images.
@@ -76,6 +77,11 @@ class Solution:
         """The exits that are on."""
         return tuple(n for n in range(len(self.threshold)) if n not in self.off)
 
+    @property
+    def weights_fitted(self) -> bool:
+        """Answers are blended with weights that were fitted to the images. Of too few, all answers weigh the same."""
+        return self.blend is not None and not self.blend.remark
+
     def on(self, traces: Traces) -> Score:
         """Accuracy, fidelity and cost of these thresholds on other traces of the same model."""
         traces = self.answering(traces)
@@ -95,7 +101,7 @@ class Solution:
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
             f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on{self._with_weights}: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
+            f"{accuracy}fidelity {s.fidelity:.4f}{self._then}cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
         )
@@ -110,7 +116,12 @@ class Solution:
     @property
     def _with_weights(self) -> str:
         """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights."""
-        return ", each answered with weights that were fitted to the others" if self.blend else ""
+        return ", each answered with weights that were fitted to the others" if self.weights_fitted else ""
+
+    @property
+    def _then(self) -> str:
+        """The cost is that of the weights which the model has."""
+        return "; with the final weights " if self.weights_fitted else ", "
 
     @property
     def _or_unsafe(self) -> str:

@@ -98,14 +98,22 @@ class _Way:
             return []
         return [replace(found, solution=replace(found.solution, several_risky=self.solution.several_risky))]
 
+    def all_off(self) -> list[_Way]:
+        """The bare backbone with the same reserve; empty if it does not meet the target."""
+        bare = [candidate for candidate in self.candidates if candidate.on == ()]
+        try:
+            return [_Way.found(bare, self.solution.target, self.one_threshold, self.solution.margin)]
+        except PteeError:
+            return []
 
-def _solved(kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin) -> _Way:
-    """The best solution of all kinds of answers."""
+
+def _solved(kinds: Sequence[list[Candidate]], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
+    """The best solution with each kind of answers that meets the target, the best of all first."""
     best, failed = _best_of_each(kinds, target, one_threshold, margin)
     if not any(best):
         every = [candidate for kind in kinds for candidate in kind]
         raise unreachable(target, every, one_threshold, margin) if target.limit < 0 else failed[-1]
-    return min(filter(None, best), key=BY_OBJECTIVE)
+    return sorted(filter(None, best), key=BY_OBJECTIVE)
 
 
 def _best_of_each(
@@ -143,28 +151,49 @@ def _of_each(
     return [min(ways, key=BY_OBJECTIVE, default=None) for ways in again], failed
 
 
-def _kept(way: _Way, traces: Traces, one_threshold: bool, margin: Margin) -> Solution:
-    """The solution, if its blended answers keep the target with their final weights, too; else one with own answers.
+def _kept(ways: Sequence[_Way], traces: Traces, one_threshold: bool, margin: Margin) -> Solution:
+    """The first solution with the cost that the model will have, or another if its final weights make that the better one.
 
     Thresholds are chosen on answers with the weights of folds. On the same images, final weights may differ from them by chance only.
+    If blended answers miss the target with them, own answers are taken. If they keep it and are worse than the next solution
+    (where there is none: than the bare backbone), that one is.
     """
+    way, *others = ways
     found, target = way.solution, way.solution.target
     if found.blend is None:
         return found
     chosen_on = next(c for c in way.candidates if c.on == found.on_exits).traces
     by_time = target.kind == "max_cost" and traces.times is not None
     spent, deviation = (_time_spent if by_time else _mean_spent)(chosen_on, found.answering(traces), found)
-    if spent <= target.limit + WITHIN * deviation + ROUNDING:
-        return found
+    if spent > target.limit + WITHIN * deviation + ROUNDING:
+        return _own_instead(found, traces, one_threshold, margin, spent)
+    score = found.on(traces)
+    final = replace(way, solution=replace(found, score=score))
+    for other in others or way.all_off():
+        if final.objective > other.objective + ROUNDING:
+            return _instead(other.solution, final)
+    return replace(found, score=replace(found.score, cost=score.cost, time=score.time))
+
+
+def _instead(better: Solution, blended: _Way) -> Solution:
+    """The better solution, with the reason why its answers are not blended."""
+    by_cost, labelled = better.target.kind == "max_cost", better.score.accuracy is not None
+    what = f"have the {'accuracy' if labelled else 'fidelity'}" if by_cost else "cost"
+    because = f"with their final weights, blended answers {what} {abs(blended.objective):.4f} here"
+    return replace(better, remark=f"Each exit answers by itself: {because}." if better.on_exits else "")
+
+
+def _own_instead(found: Solution, traces: Traces, one_threshold: bool, margin: Margin, spent: float) -> Solution:
+    """The best solution with own answers, because blended ones miss the target: what is limited is then `spent`."""
     because = f"with their final weights, blended answers miss the target here ({spent:.4f})"
-    kinds = ways_to_answer(traces, target.kind, OWN)
+    kinds = ways_to_answer(traces, found.target.kind, OWN)
     try:
-        own = _solved(kinds, target, one_threshold, margin).with_reserve(found.margin)
+        own = _solved(kinds, found.target, one_threshold, margin)[0].with_reserve(found.margin)
     except PteeError:
         own = []
     if not own:
         every = [candidate for kind in kinds for candidate in kind]
-        raise unreachable(target, every, one_threshold, margin, who=f"{because}, and by themselves the exits")
+        raise unreachable(found.target, every, one_threshold, margin, who=f"{because}, and by themselves the exits")
     return replace(own[0].solution, remark=f"Each exit answers by itself: {because}.")
 
 
@@ -290,7 +319,7 @@ def curves(
         for kind, way in zip(kinds, best, strict=True):
             if way is None:
                 raise failed[-1]
-            own = _kept(way, traces, one_threshold, "auto")
+            own = _kept([way], traces, one_threshold, "auto")
             found[kind][target] = _cheapest(own, found[kind].values())
     return {kind: tuple(of_kind[target] for target in targets) for kind, of_kind in found.items()}
 

@@ -168,6 +168,41 @@ def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_t
     assert str(found).splitlines()[-1].startswith(f"Each exit answers by itself: {MISS}")
 
 
+@pytest.mark.parametrize(("answers", "unit"), [("auto", "operations"), ("auto", "time"), ("blended", "operations")])
+def test_blended_answers_that_save_nothing_with_their_final_weights_are_not_taken(monkeypatch, answers, unit):
+    images, target = traces(1), Target("max_drop", 0.02)
+    if unit == "time":
+        images = timed(images)
+    own, blended = (solve(images, target, answers=kind) for kind in ("own", answers))
+    assert blended.blend is not None and blended.price < own.price < 1
+    make_final_weights_differ(monkeypatch, 0.05)  # they are so unsure that nobody leaves
+    found = solve(images, target, answers=answers)
+    assert found.blend is None and found.on(images).price == pytest.approx(found.price)
+    assert (found.price < 1) == (answers == "auto")
+    why = "Each exit answers by itself: with their final weights, blended answers cost "
+    assert found.remark.startswith(why) == (answers == "auto")
+
+
+def test_within_a_cost_blended_answers_that_are_worse_with_their_final_weights_are_not_taken(monkeypatch):
+    images, target = traces(1), Target("max_cost", 0.6)
+    assert solve(images, target, answers="auto").blend is not None
+    make_final_weights_differ(monkeypatch, 4)  # they are so sure that all leave at once
+    found = solve(images, target, answers="auto")
+    assert found.blend is None and found.on(images).accuracy == found.score.accuracy
+    assert "with their final weights, blended answers have the accuracy 0." in found.remark
+
+
+@pytest.mark.parametrize("unit", ["operations", "time"])
+@pytest.mark.parametrize("target", [Target("max_drop", 0.02), Target("max_cost", 0.6)], ids=str)
+def test_the_cost_of_blended_answers_is_that_of_their_final_weights(target, unit):
+    images = timed(traces(2)) if unit == "time" else traces(2)
+    found = solve(images, target, answers="blended")
+    of_model = found.on(images)
+    assert found.blend is not None
+    assert (found.score.cost, found.score.time) == (of_model.cost, of_model.time)
+    assert f"; with the final weights cost {of_model.cost:.4f} of the multiply-accumulates" in str(found)
+
+
 @pytest.mark.parametrize("unit", ["operations", "time"])
 def test_blended_answers_that_cost_too_much_with_their_final_weights_are_not_taken(monkeypatch, unit):
     images, target = traces(1), Target("max_cost", 0.5)
@@ -202,6 +237,18 @@ def test_of_blended_answers_it_says_with_which_weights_they_were_counted():
     said = "that this was chosen on, each answered with weights that were fitted to the others: accuracy"
     assert said in str(blended)
     assert said not in str(own)
+
+
+@pytest.mark.parametrize("wrong", [15, 24])
+def test_where_no_weights_were_fitted_it_says_so_of_all_the_images_and_speaks_of_no_fitted_weights(wrong):
+    few = with_wrong(wrong)  # three quarters of 24 are too few as well
+    said = str(found := solve(few, Target("max_drop", 0.02), answers="blended"))
+    right = 200 - wrong
+    assert (
+        f"200 images, {right} of which the backbone answers right, are too few to fit weights to: all answers weigh the same. "
+        "On the 200 images that this was chosen on: accuracy"
+    ) in said
+    assert "final weights" not in said and not found.weights_fitted
 
 
 def test_blended_answers_whose_final_weights_miss_the_target_by_chance_are_taken():

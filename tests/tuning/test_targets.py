@@ -267,8 +267,8 @@ def test_a_margin_of_nothing_is_not_advised_where_it_was_seen_to_save_nothing(mo
     traces, target = easy_and_hard(0, 3, 300), Target("max_drop", 0.0)
     found, kept = solve(traces, target), tuning_targets._kept
 
-    def missing(way: tuning_targets._Way, images: Traces, one: bool, margin: Margin) -> Solution:
-        return found if margin == 0 else kept(way, images, one, margin)  # as if final weights missed the target
+    def missing(ways: list[tuning_targets._Way], images: Traces, one: bool, margin: Margin) -> Solution:
+        return found if margin == 0 else kept(ways, images, one, margin)  # as if final weights missed the target
 
     assert found.several_risky
     monkeypatch.setattr(tuning_targets, "_kept", missing)
