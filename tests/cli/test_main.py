@@ -26,8 +26,9 @@ HEAVY = ("torch", "timm", "numpy", "accelerate", "safetensors", "plotly", "sklea
 
 
 @pytest.fixture
-def plan_fails(monkeypatch):
+def plan_fails(run, monkeypatch):
     """Lets `ptee plan` raise an exception."""
+    run("--version")  # which adds the commands
 
     def fails_with(error: BaseException | type[BaseException]) -> None:
         def fail(**_: object) -> None:
@@ -135,6 +136,13 @@ def test_every_option_refuses_an_empty_value(command, words, run):
 
 def test_an_empty_file_of_a_smaller_networks_weights_is_refused(run, finished):
     assert_refused(run("compare", finished, "--static", "resnet18="), "^--static resnet18.* is no path")
+
+
+@pytest.mark.parametrize("words", ["(pid 7) is killed by signal: Killed. ", "(pid(s) 7, 8) exited unexpectedly"])
+def test_where_a_process_that_loads_images_was_ended_fewer_are_advised(words, run, plan_fails):
+    plan_fails(RuntimeError(f"DataLoader worker {words}"))
+    said = "A process that loads images was ended from outside, mostly for lack of memory. Give fewer --workers, or 0."
+    assert run("plan") == Done(2, "", f"{said}\n")
 
 
 def test_an_error_of_ptee_itself_is_one_line_with_status_one_and_says_how_to_see_more(run, plan_fails, monkeypatch):
