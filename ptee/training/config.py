@@ -164,9 +164,11 @@ class TrainingConfig(FrozenConfig):
             raise _clash("cost_unit", self.cost_unit, "needs a joint loss, such as loss='joint'", f"loss={self.loss!r}")
         if self.exit_weights is not None and self.loss != WEIGHTED:
             raise _clash("exit_weights", self.exit_weights, "needs loss='weighted'", f"loss={self.loss!r}")
-        if self.exit_weights is not None and not any(self.exit_weights):
+        weights = self.exit_weights or ()
+        learning = weights[:-1] or weights if self.backbone == FROZEN else weights
+        if self.exit_weights is not None and not any(learning):
             given = Argument("exit_weights", str(self.exit_weights))
-            text = " is 0 for every answer, so nothing would be learnt. Give a larger one."
+            text = " is 0 for every answer that can be learnt (the last is the backbone's). Give a larger one."
             raise PteeError(given, text, argument="exit_weights", value=self.exit_weights)
         self._check_backbone()
         self._check_order()

@@ -116,10 +116,12 @@ def collapse_of(history: History, model: EarlyExitModel, config: TrainingConfig)
         return None
     early = n < len(model.exits)
     where = f"exit {n} ({model.exits[n].name})" if early else "the backbone's own output"
-    advice = f"{'Lower' if early else 'Raise'} the cost weight (it is {config.cost_weight:g})"
+    advice = [f"{'lower' if early else 'raise'} the cost weight (it is {config.cost_weight:g})", "train longer"]
     if config.loss in ("cost", "mc"):
-        advice = f"The loss {config.loss!r} does that by itself: use 'joint' or 'joint_each_exit'"
+        advice[0] = f"the loss {config.loss!r} does that by itself: use 'joint' or 'joint_each_exit'"
+    elif early and not config.cost_weight:
+        del advice[0]  # it cannot be lower
     return (
         f"Training collapsed: {share:.0%} of the images leave at {where} at threshold {model.threshold[0]:g}. "
-        f"{advice}, train longer, or set other thresholds."
+        f"{', '.join(advice).capitalize()}, or set other thresholds."
     )

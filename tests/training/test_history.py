@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from ptee.training.history import Epoch, History
+import pytest
+from small import made
+
+from ptee.training.config import TrainingConfig
+from ptee.training.history import Epoch, History, collapse_of
 
 
 def test_a_history_prints_as_a_table_of_epochs():
@@ -18,3 +22,14 @@ def test_a_history_prints_as_a_table_of_epochs():
 def test_the_line_of_an_epoch_says_what_was_measured_on_which_images():
     line = Epoch(1, 1.5, None, [0.5, 0.25, 1.0], [1, 0, 0], 2.0, 3).line(5)
     assert line == "epoch 1/5  loss 1.5000  fidelity on training images 0.500 0.250  validation loss 2.0000  3 s"
+
+
+@pytest.mark.parametrize(
+    ("cost_weight", "advice"),
+    [(0.0, "Train longer, or set"), (0.5, "Lower the cost weight (it is 0.5), train longer, or set")],
+)
+def test_a_cost_weight_of_nothing_cannot_be_lower(cost_weight, advice):
+    history = History([Epoch(1, 1.5, None, [1.0, 1.0, 1.0], [1.0, 0.0, 0.0], None, 3)])
+    said = collapse_of(history, made(), TrainingConfig(loss="joint", cost_weight=cost_weight))
+    assert said is not None
+    assert said.endswith(f"{advice} other thresholds.")

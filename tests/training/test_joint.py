@@ -272,6 +272,10 @@ REFUSED = {
     "its own probabilities": ({**JOINT, "targets": "soft"}, "needs targets='labels'"),
     "weights of another loss": ({"exit_weights": (1.0, 1.0)}, "needs loss='weighted'"),
     "weights of nothing": ({"loss": "weighted", "exit_weights": (0, 0, 0)}, "is 0 for every answer"),
+    "weights of what is frozen": (
+        {"loss": "weighted", "exit_weights": (0, 0, 1)},
+        "for every answer that can be learnt",
+    ),
     "weights of other exits": ({"loss": "weighted", "exit_weights": (1.0, 1.0)}, "2 numbers, and these are 3 answers"),
 }
 
