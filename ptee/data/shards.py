@@ -19,6 +19,7 @@ from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded, from_json, require_utf8
+from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import EXTENSIONS, files_below, list_files
 from ptee.data.parts import arrow
@@ -46,7 +47,7 @@ class Sample(NamedTuple):
     image: bytes
     label: int
     class_name: str
-    unsure: bool = False  # the name is that of the folder around it, or a text beside it, which need not be a class
+    unsure: bool = False  # label and name stand where something else may stand: a caption, or a folder that is no class
 
 
 @dataclass(frozen=True)
@@ -255,23 +256,34 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
 
 
 def _label_of(key: str, members: Mapping[str, bytes]) -> tuple[int, str, bool]:
-    """The label, the name and `unsure` of a sample. A text beside it counts last, as it may be a caption."""
-    number, name = read_label(key, members[CLS] if CLS in members else _field(key, members.get(JSON, b"{}")))
+    """The label, the name and `unsure` of a sample. In KEY.cls there is nothing but a label; elsewhere there may be a caption."""
+    number, name = read_label(key, members.get(CLS))
     if number >= 0 or name:
         return number, name, False
-    if folder := _folder_of(key.partition("/")[2]):
-        return number, folder, True
-    number, name = read_label(key, members.get(TEXT, b"").decode(errors="replace"))
-    return number, name, bool(name)
+    folder = _folder_of(key.partition("/")[2])
+    text = "" if folder else members.get(TEXT, b"").decode(errors="replace")
+    for value in (*_fields(members.get(JSON, b"")), text):
+        number, name = _possible_label(key, value)
+        if number >= 0 or name:
+            return number, name, True
+    return UNKNOWN_LABEL, folder, bool(folder)
 
 
-def _field(key: str, content: bytes) -> Any:
-    """The label in what JSON says of a picture; None if there is none."""
+def _fields(content: bytes) -> list[Any]:
+    """What JSON says of a picture where a label may stand."""
     try:
         said = from_json(content.decode())
-    except (ValueError, RecursionError) as why:
-        raise DataError(f"{key}.{JSON} is no JSON that can be read: {first_line(why)}") from why
-    return next((said[name] for name in LABELS if name in said), None) if isinstance(said, dict) else None
+    except (ValueError, RecursionError):
+        return []
+    return [said[name] for name in LABELS if name in said] if isinstance(said, dict) else []
+
+
+def _possible_label(key: str, value: Any) -> tuple[int, str]:
+    """As `read_label`; what is no label, such as a list, is none."""
+    try:
+        return read_label(key, value)
+    except DataError:
+        return UNKNOWN_LABEL, ""
 
 
 def read_label(key: str, value: Any) -> tuple[int, str]:
@@ -289,10 +301,12 @@ def read_label(key: str, value: Any) -> tuple[int, str]:
         return UNKNOWN_LABEL, ""
     if isinstance(text, str) and not re.fullmatch("[0-9]+", text):
         return UNKNOWN_LABEL, text
-    whole = isinstance(text, (str, int, float)) and not isinstance(text, bool) and float(text).is_integer()
-    if not whole or not 0 <= float(text) <= LARGEST_LABEL:
-        raise DataError(f"{key} has the label {text!r:.60}. Give each image the number or the name of its class.")
-    return int(text), ""
+    number = int(text) if isinstance(text, int) and not isinstance(text, bool) else -1
+    if isinstance(text, str | float) and float(text).is_integer():
+        number = int(float(text))
+    if not 0 <= number <= LARGEST_LABEL:
+        raise DataError(f"{key} has the label {shown(text)}. Give each image the number or the name of its class.")
+    return number, ""
 
 
 def _names_of_labels(path: Path) -> tuple[str, ...]:

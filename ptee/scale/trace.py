@@ -30,7 +30,7 @@ from ptee.tuning.trace_folder import TraceFolder, open_traces
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
 LABELS_STAND = {
     TAR: f" In shards a label is the number or the name of a class in KEY.cls, in KEY.json ({', '.join(LABELS[:-1])} or {LABELS[-1]}), as the "
-    "folder CLASS/KEY, or else in KEY.txt, where captions are passed over.",
+    "folder CLASS/KEY, or, where there is no folder, in KEY.txt. What is no class there is passed over, as a caption is.",
     PARQUET: f" In tables a label is the number or the name of a class in a column {', '.join(LABELS[:-1])} or {LABELS[-1]}.",
 }
 MAX_UNREADABLE = 0.001  # share of the images

@@ -99,7 +99,7 @@ class Worker:
 
     def _label(self, sample: Sample) -> int:
         if sample.label != UNKNOWN_LABEL or not sample.class_name:
-            return sample.label
+            return UNKNOWN_LABEL if sample.unsure and sample.label >= self.model.num_classes else sample.label
         number = (self.job.classes or {}).get(spelt(sample.class_name), UNKNOWN_LABEL)
         if number == UNKNOWN_LABEL and not sample.unsure:  # other folders and captions are no labels
             raise DataError(
