@@ -231,9 +231,7 @@ def _of_file(file: Path | None) -> Iterator[None]:
 def _line_of(file: Path, path: str) -> str:
     """The line in which a setting is given, after a comma; empty if none, or more than one, begins with its name as deep as it stands."""
     section, _, key = path.partition("[")[0].rpartition(".")
-    depth = (
-        (r"\s+" if key in Recipe.model_fields else r"\s*") if section else ""
-    )  # a setting may stand beside its section
+    depth = (r"\s+" if key in Recipe.model_fields else r"\s*") if section else ""  # it may stand beside its section
     begin = re.compile(rf"{depth}{re.escape(key)}\s*:")
     lines = [n for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if begin.match(line)]
     return f", line {lines[0]}" if len(lines) == 1 else ""
@@ -324,7 +322,8 @@ def _in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     inner = {name: getattr(field.annotation, "model_fields", None) for name, field in Recipe.model_fields.items()}
     made, beside = dict[str, Any](), dict[str, Any]()
     for name, value in values.items():
-        is_beside = name in PATHS and not isinstance(value, Mapping | None) and inner.get(name, True)
+        is_no_section = name not in inner if value is None else inner.get(name, True)
+        is_beside = name in PATHS and not isinstance(value, Mapping) and is_no_section
         (beside if is_beside else made)[name] = value
         for key, v in value.items() if isinstance(value, Mapping) else ():
             if key in PATHS and key not in (inner.get(name) or value) and isinstance(v, WRITTEN):
@@ -340,6 +339,7 @@ def _in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_outside(name: str, value: Any, path: str) -> None:
     """Refuse a setting that stands at this path and has another one."""
     section, _, key = path_for(name, value).rpartition(".")
+    key = "number" if path_for(name, value) == "exits.places" and isinstance(value, int) else key
     right = f"{key}: {str(value).replace(chr(39), ''):.60}"
     text = f" stands at the wrong place. Write {f'{section}: {{{right}}}' if section else right}."
     raise PteeError(Argument(path, f"{value!r:.60}"), text, argument=path, value=value)

@@ -219,6 +219,8 @@ NO_RECIPES = {
     "an unknown setting": ("seed: 1\ntraining:\n  lr: 0.1\n  epoch: 3\n", r"^In the recipe .*recipe\.yaml, line 4: training\.epoch=3 is unknown"),
     "a wrong value without its section": ("seed: 1\nepochs: many\n", r"recipe\.yaml, line 2: training\.epochs='many' must be a whole number"),
     "a setting in another section": ("training: {head: pool}\n", r"training\.head='pool' stands at the wrong place\. Write exits: \{head: pool\}\.$"),
+    "a number of exits in another section": ("training: {exits: 3}\n", r"training\.exits=3 stands at the wrong place\. Write exits: \{number: 3\}\.$"),
+    "no value beside the sections": ("epochs: null\n", r"epochs=None must be a whole number, or 'auto'\. Leave it out for the default\.$"),
     "a setting of all in a section": ("exits: {seed: 3}\n", r"exits\.seed=3 stands at the wrong place\. Write seed: 3\.$"),
     "a truth value": ("training: true\n", r"recipe\.yaml, line 1: training=True must be a mapping"),
     "a setting whose name begins another line, too": (
