@@ -133,7 +133,7 @@ def sparing(module: nn.Module, images: Tensor) -> Iterator[None]:
         before = image._version
         module(image)
     with ExitStack() as hooks:
-        if image._version != before:
+        if image._version != before or not torch.equal(image, images[:1]):  # of .data no write is counted
             copied = module.register_forward_pre_hook(lambda _module, args: (args[0].clone(), *args[1:]))
             hooks.callback(copied.remove)
         yield

@@ -95,7 +95,9 @@ def _typed(value: str) -> str:
     """A value of Python as a shell takes it: what a list holds separated by commas, and in quotes what has a blank in it."""
     if value[:1] + value[-1:] in ("()", "[]"):
         value = value[1:-1].replace("'", "").replace(", ", ",")
-    return quoted(value.strip("'")) if value else ""
+    if value[:1] in ("'", '"') and value[:1] == value[-1:]:  # a text
+        value = value[1:-1]
+    return quoted(value) if value else ""
 
 
 def _setting_as_option(path: str, value: str, own: set[str]) -> str:

@@ -141,6 +141,8 @@ def threshold_numbers(value: Any) -> Any:
     import numpy as np
 
     try:
+        if type(value) is float and value == value:  # as in most calls
+            return np.array(value)
         found = value if isinstance(value, np.ndarray) else np.array(_of_torch(value), dtype=object)
         of_numbers = found.dtype.kind in "iuf"  # else look at each
         if not of_numbers and not all(isinstance(v, Real | Decimal) and not isinstance(v, bool) for v in found.flat):
@@ -155,10 +157,12 @@ def threshold_numbers(value: Any) -> Any:
 
 
 def _of_torch(value: Any) -> Any:
-    """Tensors, also in lists, as numbers of Python."""
+    """Tensors, also in lists, as numbers of Python; there one number is a number, whatever its shape."""
     if hasattr(value, "detach"):
         return value.detach().cpu().tolist()
-    return [_of_torch(v) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [v.item() if getattr(v, "numel", lambda: 0)() == 1 else _of_torch(v) for v in value]
+    return value
 
 
 def not_a_number(value: Any) -> PteeError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError, warn
+from ptee._common.text import shown
 from ptee.exits.config import doubt, not_a_number, threshold_numbers, wrong_number
 
 Thresholds = float | Sequence[float] | Tensor
@@ -56,7 +57,9 @@ def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
     try:
         given = [value] if isinstance(value, int) else list(value)
     except TypeError:
-        words = f"Exits that are off are given by their numbers, such as [1], not as {value!r}; [] switches all on."
+        words = (
+            f"Exits that are off are given by their numbers, such as [1], not as {shown(value)}; [] switches all on."
+        )
         raise PteeError(words, argument="off", value=value) from None
     try:
         numbers = [operator.index(n) for n in given if not isinstance(n, bool)]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ptee._common.errors import Argument, PteeError, RunError
-from ptee._common.files import as_path
+from ptee._common.files import as_path, is_file
 from ptee._common.progress import Log, silent
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
@@ -210,7 +210,7 @@ def write_report(
         require_writable(folder)
         require_kaleido()
     saved = str(model) if isinstance(model, str | Path) else ""
-    _require_times(saved, cost, at_batch, executor)
+    _require_times(saved, cost, at_batch, executor, own=backbone is not None)
     opened = load(model, backbone=backbone) if isinstance(model, str | Path) else model
     require_early_exit(opened)
     if class_names and len(class_names) != opened.num_classes:
@@ -234,7 +234,7 @@ def write_report(
     return place
 
 
-def _require_times(saved: str, cost: str, at_batch: int, executor: str) -> None:
+def _require_times(saved: str, cost: str, at_batch: int, executor: str, own: bool) -> None:
     """Refuse costs that there are not, and costs in seconds where no folder keeps any."""
     how = {"at_batch": at_batch, "executor": executor}
     by = ThresholdsConfig(cost=cost, **how)
@@ -242,6 +242,11 @@ def _require_times(saved: str, cost: str, at_batch: int, executor: str) -> None:
     if cost == TIME and not saved:
         text = " needs times, which the folder of a run keeps. Give the folder in place of the model."
         raise PteeError(Argument("cost", repr(cost)), text, argument="cost", value=cost)
+    if cost == TIME and own and not is_file(Path(saved) / FILE):  # which no command can measure
+        text = (
+            f"{saved} keeps no times of its pieces. For a network of your own they are kept by ptee.fit(cost='time')."
+        )
+        raise PteeError(text, argument="cost", value=cost)
     if cost == TIME:
         require_kept_times(Path(saved))
 

@@ -169,7 +169,8 @@ def measure_static(network: Backbone, model: EarlyExitModel, device: torch.devic
             ]
             for n in rows
         }
-        with sparing(model.backbone, images[rows[0]]):
+        image = images[rows[0]]
+        with sparing(model.backbone, image), sparing(small, prepare(image).to(dtype)):
             found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
     bare, head = (between(rows, [found[n][i][0] for n in rows], batch) for i in (0, 1))
     unit = unit_of(HOOKS, batch, device.type)

@@ -29,6 +29,7 @@ FORMS = {
     "one row for all": torch.tensor([[ALWAYS, NEVER]]),
     "a parameter of torch": torch.nn.Parameter(torch.tensor([ALWAYS, NEVER])),
     "a list of tensors": [torch.tensor(ALWAYS), torch.tensor([NEVER], requires_grad=True)[0]],
+    "a list of tensors of one number": [torch.tensor([ALWAYS]), torch.tensor([NEVER])],
     "decimals": [Decimal(0), Decimal(2)],
     "below 0, which is as 0": [-1, NEVER],
 }

@@ -133,6 +133,12 @@ def test_where_nobody_names_drops_that_of_the_run_is_among_them(fitted, tmp_path
     model.results = before
 
 
+def test_a_run_of_a_network_of_ones_own_without_times_is_refused_with_what_keeps_them(fitted, tmp_path):
+    model, folder = fitted
+    with pytest.raises(PteeError, match=r"keeps no times.*ptee\.fit\(cost='time'\)"):
+        ptee.write_report(folder, data(), out=tmp_path / "own.html", backbone=model.backbone, cost="time")
+
+
 @pytest.mark.parametrize(
     ("change", "words", "argument"),
     [

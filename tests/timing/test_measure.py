@@ -28,7 +28,7 @@ from ptee.timing.run_bench import bench_run
 pytestmark = pytest.mark.cpu("a GPU looks at its own clock")
 
 
-@pytest.mark.parametrize("way", ["bench", "measure", "bench a run", "evaluate", "modules"])
+@pytest.mark.parametrize("way", ["bench", "measure", "bench a run", "evaluate", "modules", "a smaller network"])
 def test_a_network_that_writes_into_its_images_is_timed_on_the_same_images_each_time(way):
     model = ptee.augment(Normalises(), exits=["a"], input_size=SIZE, head="pool")
     images, kept = torch.randn(20, *SIZE), Kept()
@@ -42,6 +42,9 @@ def test_a_network_that_writes_into_its_images_is_timed_on_the_same_images_each_
         bench_run(model, times, [2], images, rounds=3)
     elif way == "evaluate":
         ptee.evaluate(model, [(image.clone(), 0) for image in images], speed=True, speed_seconds=0.1)
+    elif way == "a smaller network":
+        other = made("pool")
+        measure_static(model.origin, other, here(), 2)
     else:
         time_of_modules(model.origin, here(), 2, rounds=3)
     assert 0 < kept.largest < 30
