@@ -236,6 +236,7 @@ class _Training:
         step = Step(self.model, self.config, stage + 1 if one else None)
         optimizer = optimizer_of(self.config, heads, self.model.backbone, self.accelerator.device)
         self.step, self.optimizer = self.accelerator.prepare(step, optimizer, device_placement=[False, False])
+        self.optimizer.zero_grad(set_to_none=True)  # of what the user trained, or of an update that Ctrl-C cut short
 
     @property
     def is_over(self) -> bool:

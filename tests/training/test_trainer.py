@@ -85,6 +85,16 @@ def test_one_seed_gives_one_result_and_another_seed_another():
     assert not same(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("settings", [{}, {"backbone": "joint"}, {"order": "one by one"}], ids=str)
+def test_gradients_that_were_there_before_have_no_part_in_the_first_update(settings):
+    model, want = made(), made()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e3)
+    for each in (model, want):
+        fit(each, **settings, epochs=1)
+    assert same(model.state_dict(), want.state_dict())
+
+
 @pytest.fixture
 def rates() -> Iterator[list[float]]:
     """The learning rate of each step that the optimiser takes."""
