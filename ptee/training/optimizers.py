@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import best_precision
 from ptee.training.config import TrainingConfig
@@ -48,11 +47,10 @@ def optimizer_of(config: TrainingConfig, heads: nn.Module, backbone: nn.Module, 
     return make_optimizer(config.optimizer, parts, weight_decay=config.weight_decay, device=device)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> LambdaLR:
-    """Each learning rate falls to 0 along half a cosine, over `steps` batches, of which some are done."""
+def set_cosine_rate(optimizer: torch.optim.Optimizer, done: int, steps: int) -> None:
+    """Set each learning rate, which falls to 0 along half a cosine over so many batches, for the next one."""
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2, last_epoch=done - 1)
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 + math.cos(math.pi * done / steps)) / 2
 
 
 def _iterate_in_float32(optimizer: torch.optim.Optimizer) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ptee._common.devices import accelerator_on, made_on_cpu, no_autocast, require_launch
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line, warn
@@ -40,7 +39,7 @@ from ptee.training.augmentation import resolved_shift
 from ptee.training.config import JOINT, ONE_BY_ONE, TrainingConfig, epochs_for, passes, require_weight_each
 from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
 from ptee.training.history import Epoch, History, collapse_of
-from ptee.training.optimizers import cosine_schedule, optimizer_of
+from ptee.training.optimizers import optimizer_of, set_cosine_rate
 from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, Turns, flags_kept, moved, rows_of
 from ptee.training.training_data import TrainingData, sample_hash
 
@@ -236,6 +235,7 @@ class _Training:
         step = Step(self.model, self.config, stage + 1 if one else None)
         optimizer = optimizer_of(self.config, heads, self.model.backbone, self.accelerator.device)
         self.step, self.optimizer = self.accelerator.prepare(step, optimizer, device_placement=[False, False])
+        self.optimizer.zero_grad(set_to_none=True)  # of what the user trained, or of an update that Ctrl-C cut short
 
     @property
     def is_over(self) -> bool:
@@ -244,13 +244,11 @@ class _Training:
 
     def fit(self, data: TrainingData, train_data: Any, val_data: Any, on_epoch: Any) -> History:
         with data.opened(train_data, val_data, cached=not self.is_over) as (loader, val_loader):
-            rates = self._rates(loader)
             try:
                 while not self.is_over:
                     if (stage := len(self.history.epochs) // self.epochs_each) != self.stage:
                         self._begin(stage)
-                        rates = self._rates(loader)
-                    self._run_epoch(data, loader, val_loader, rates, on_epoch)
+                    self._run_epoch(data, loader, val_loader, on_epoch)
             except KeyboardInterrupt:
                 self.history.interrupted = True
             except RuntimeError as why:
@@ -269,16 +267,14 @@ class _Training:
         kept = f" {len(self.history.epochs)} complete epochs are kept: launch all of them again with "
         return RunError(f"{several} ({first_line(why)[:80]}).{kept}", Argument("resume", "True"), ".")
 
-    def _run_epoch(
-        self, data: TrainingData, loader: Any, val_loader: Any, rates: LambdaLR | None, on_epoch: Any
-    ) -> None:
+    def _run_epoch(self, data: TrainingData, loader: Any, val_loader: Any, on_epoch: Any) -> None:
         """One more epoch. If it is interrupted or diverges, the weights go back to those of the last complete one."""
         number = len(self.history.epochs) + 1
         data.begin(number)
         before = None
         try:
             before = copy.deepcopy(self.learners.state_dict())
-            epoch = self._epoch(number, loader, val_loader, rates)
+            epoch = self._epoch(number, loader, val_loader)
             self.history.epochs.append(epoch)
             if self.config.patience is not None and self.history.best is epoch:
                 self.best = copy.deepcopy(self.learners.state_dict())
@@ -290,23 +286,22 @@ class _Training:
                 self.learners.load_state_dict(before)
             raise
 
-    def _rates(self, loader: Any) -> LambdaLR | None:
-        """The learning rate of each batch after the last complete epoch; None if it is constant."""
+    def _place(self, loader: Any) -> tuple[int, int]:
+        """Where in its schedule the learning rate is after the last complete epoch, and how long that is: (0, 0) if it is constant."""
         if self.config.schedule == "constant":
-            return None
+            return 0, 0
         steps = length_hint(loader, 0)
         if not steps:
             text = "The cosine schedule needs the number of batches, and this loader has no length. Give "
             raise DataError(text, Argument("schedule", "'constant'"), ".", argument="schedule", value="cosine")
-        optimizer = self.optimizer.optimizer  # torch's, inside accelerate's
         done = len(self.history.epochs) - self.stage * self.epochs_each
-        return cosine_schedule(optimizer, self.epochs_each * steps, done * steps)
+        return done * steps, self.epochs_each * steps
 
-    def _epoch(self, number: int, loader: Any, val_loader: Any, rates: LambdaLR | None) -> Epoch:
+    def _epoch(self, number: int, loader: Any, val_loader: Any) -> Epoch:
         start = time.perf_counter()
         several = self.accelerator.num_processes > 1
         with shared_batch_norm(self.learners) if several else nullcontext():
-            means = self._learn(number, loader, rates)
+            means = self._learn(number, loader)
         self._require_finite(number, means.loss)
         val_loss = None if val_loader is None else self._loss_on(val_loader)
         return Epoch(number, *means, val_loss, time.perf_counter() - start)
@@ -323,18 +318,18 @@ class _Training:
         more = f"), or leave out images with values that are not finite.{kept}"
         raise PteeError(f"{what} in epoch {number}. Lower the learning rate (", lower, more, argument="lr")
 
-    def _learn(self, number: int, loader: Any, rates: LambdaLR | None) -> EpochMeans:
+    def _learn(self, number: int, loader: Any) -> EpochMeans:
         self.model.train()
         if self.config.order == ONE_BY_ONE:
             self.turns.only(self.stage)
-        sums = EpochSums()
+        sums, (done, steps) = EpochSums(), self._place(loader)
         bar = with_bar(loader, f"epoch {number} of {self.epochs}", bool(self.accelerator.is_local_main_process))
-        for batch, labels in entries(bar):
+        for n, (batch, labels) in enumerate(entries(bar)):  # also those that are too small count in the schedule
+            if steps:
+                set_cosine_rate(self.optimizer.optimizer, done + n, steps)  # of torch's, inside accelerate's
             share = getattr(loader, "share", None)  # of several processes
             if (share.whole if share else rows_of(batch)) >= self.min_rows:
                 sums.add(self._update(batch, labels, share), rows_of(batch))
-            if rates is not None:
-                rates.step()  # also after a batch that was too small: the schedule counts all batches
             if sums.samples and not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from learning import EXITS, SIZE, Interrupted, K, N, Net, data, fit, heads, imag
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Subset, TensorDataset
 
 import ptee
@@ -54,6 +56,24 @@ def test_a_resumed_training_ends_with_exactly_the_heads_of_one_that_was_never_in
     assert same(heads(resumed), whole)
     assert on_time(history) == on_time(want)
     assert not history.interrupted
+
+
+def test_gradients_of_an_update_that_ctrl_c_cut_short_are_not_learnt_from_on_resume(tmp_path):
+    model, steps = made(), itertools.count()
+    settings = {"checkpoint": tmp_path / "checkpoint.safetensors", "optimizer": "adam"}
+    want, _ = never_interrupted("as it is")
+
+    def interrupt(*_):
+        if next(steps) == 4:  # in the second epoch
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_pre_hook(interrupt)
+    try:
+        assert fit(model, **settings).interrupted
+    finally:
+        hook.remove()
+    fit(model, resume=True, **settings)
+    assert same(heads(model), want)
 
 
 STOPPED = {

@@ -84,15 +84,11 @@ def test_the_cost_of_the_end_counts_the_heads_so_far():
 def test_the_cosine_begins_again_for_each_exit(monkeypatch):
     from ptee.training import trainer
 
-    begun = []
-    real = trainer.cosine_schedule
-    monkeypatch.setattr(
-        trainer, "cosine_schedule", lambda o, steps, done: begun.append((steps, done)) or real(o, steps, done)
-    )
+    places = []
+    real = trainer.set_cosine_rate
+    monkeypatch.setattr(trainer, "set_cosine_rate", lambda o, *place: places.append(place) or real(o, *place))
     fit(made(), **ORDER, epochs=3, schedule="cosine")
-    assert len(set(begun)) == 1
-    assert len(begun) == 2
-    assert begun[0][1] == 0
+    assert places == 2 * [(n, 9) for n in range(9)]  # three batches an epoch
 
 
 @pytest.mark.parametrize("stopped", [1, 2, 3])

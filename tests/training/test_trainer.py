@@ -85,6 +85,16 @@ def test_one_seed_gives_one_result_and_another_seed_another():
     assert not same(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("settings", [{}, {"backbone": "joint"}, {"order": "one by one"}], ids=str)
+def test_gradients_that_were_there_before_have_no_part_in_the_first_update(settings):
+    model, want = made(), made()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e3)
+    for each in (model, want):
+        fit(each, **settings, epochs=1)
+    assert same(model.state_dict(), want.state_dict())
+
+
 @pytest.fixture
 def rates() -> Iterator[list[float]]:
     """The learning rate of each step that the optimiser takes."""
@@ -106,6 +116,14 @@ def test_a_batch_that_is_too_small_counts_in_the_schedule(rates):
     some = TensorDataset(*(part[:17] for part in data().tensors))  # the last batch has one row, too few for batch norm
     fit(made(head="conv1"), some, epochs=2, lr=0.01, schedule="cosine", batch_size=16)
     assert rates == pytest.approx([0.01, 0.005])  # the first and third of four places
+
+
+def test_each_epoch_begins_at_its_place_in_the_schedule_also_after_one_of_fewer_batches(rates, monkeypatch):
+    loader = OwnLoader(images(), labels(), 12)
+    loader.parts.pop()  # as several processes leave out a last batch with too few rows for each
+    monkeypatch.setattr(OwnLoader, "__len__", lambda self: 4)
+    fit(made(), loader, epochs=2, lr=0.01, schedule="cosine")
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * n / 8)) / 2 for n in (0, 1, 2, 4, 5, 6)])
 
 
 def test_a_cosine_schedule_needs_a_loader_with_a_length():
