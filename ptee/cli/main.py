@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ptee import __version__
-from ptee._common.errors import Argument, Interrupted, PteeError, unknown
+from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
 from ptee._common.process import lead_nowhere, open_closed, unwritable
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
@@ -52,6 +52,7 @@ def _full_output() -> OSError | None:
 
 def _failed(error: BaseException, words: list[str]) -> int:
     """Print an error in one line. Gives the exit status."""
+    error = ended_worker(error) or error
     if isinstance(error, KeyboardInterrupt | click.Abort | Interrupted):
         message, status = str(error) if isinstance(error, Interrupted) else _interrupted(words), 130
     elif isinstance(error, PteeError):

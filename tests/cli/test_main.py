@@ -179,6 +179,12 @@ def test_of_an_error_in_a_process_that_loads_images_the_last_line_is_printed(run
     assert run("plan") == Done(2, "", "a.png cannot be read.\n")
 
 
+def test_a_killed_process_that_loads_images_is_no_error_of_ptee(run, plan_fails):
+    plan_fails(RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "))
+    said = r"A process that loads images has ended \(killed by signal: Killed\).*none \(--workers 0\)"
+    assert_refused(run("plan"), said)
+
+
 def test_out_of_memory_is_no_error_of_ptee(run, plan_fails):
     plan_fails(type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"))
     assert_refused(run("plan"), "out of memory.*--batch-size.*--device cpu")
