@@ -14,6 +14,7 @@ message as an `Argument`, so that Python can say `num_classes=10` and the comman
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from typing import Any
 from ptee._common.text import printable, with_run
 
 WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
+
+ENDED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?([^.]+)")  # what torch says of one
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,18 @@ class RunError(PteeError):
 
 class DeviceError(PteeError):
     """A device that is not there."""
+
+
+def ended_worker(error: BaseException, *more: str | Argument) -> DataError | None:
+    """The error, with `more` at its end, in place of torch's that a process that loads images has ended; None for any other.
+
+    torch raises its own in a signal handler, so it may come from any line while images are loaded.
+    """
+    found = ENDED_WORKER.match(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    text = f"A process that loads images has ended ({found[1]}), as happens where memory is short. Take fewer of them, or none ("
+    return DataError(text, Argument("num_workers", "0"), ").", *more)
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error

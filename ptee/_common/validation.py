@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import ParamSpec, Self
 
-from ptee._common.errors import Argument, PteeError, UnknownName, possible
+from ptee._common.errors import Argument, PteeError, UnknownName, ended_worker, possible
 from ptee._common.text import as_shares, printable, shown
 
 P = ParamSpec("P")
@@ -93,7 +93,7 @@ class FrozenConfig(BaseModel):
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which refuses unknown arguments, and truth values, numbers, texts, lists and functions of the wrong type, by name.
 
-    Both before it begins.
+    Both before it begins. Where a process that loads images is ended meanwhile, the error says what to do.
     """
     return checked_with()(function)
 
@@ -119,7 +119,12 @@ def _checked(function: Callable[P, R], also: Iterable[str]) -> Callable[P, R]:
             arguments(**{name: value for name, value in given.items() if name in kinds})
         except ValidationError as error:
             raise from_pydantic(error, example=True) from None
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as why:
+            if (ended := ended_worker(why)) is None:
+                raise
+            raise ended from why
 
     return call
 

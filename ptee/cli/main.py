@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from ptee import __version__
-from ptee._common.errors import Argument, Interrupted, PteeError, unknown
+from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
 from ptee._common.files import is_folder
 from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import with_run
@@ -68,6 +68,7 @@ def _full_output() -> OSError | None:
 
 def _failed(error: BaseException, words: list[str]) -> int:
     """Print an error in one line. Gives the exit status."""
+    error = ended_worker(error) or error
     if isinstance(error, KeyboardInterrupt | click.Abort | Interrupted):
         message, status = str(error) if isinstance(error, Interrupted) else _interrupted(words), 130
     elif isinstance(error, PteeError):
@@ -81,8 +82,6 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = error.format_message(), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         message, status = "The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2
-    elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):  # torch's words
-        message, status = _reader_ended(words), 2
     elif isinstance(error, OSError) and (reason := _full_output()):
         message, status = unwritable(reason)
     else:
@@ -91,12 +90,6 @@ def _failed(error: BaseException, words: list[str]) -> int:
     if status != 130 and os.environ.get("PTEE_DEBUG"):
         traceback.print_exception(error)
     return _say(message, status)
-
-
-def _reader_ended(words: list[str]) -> str:
-    """What became of a process that loads images, and what to type."""
-    then = " --resume goes on behind the last complete epoch." if words[:1] == ["augment"] else ""
-    return f"A process that loads images was ended from outside, mostly for lack of memory. Give fewer --workers, or 0.{then}"
 
 
 def _interrupted(words: list[str]) -> str:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.devices import accelerator_on, made_on_cpu, no_autocast, require_launch
-from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line, warn
+from ptee._common.errors import Advice, Argument, DataError, PteeError, RunError, ended_worker, first_line, warn
 from ptee._common.files import as_path
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.shares import Share, is_lost, shared_batch_norm
+from ptee._common.text import number_of
 from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
@@ -252,9 +253,11 @@ class _Training:
             except KeyboardInterrupt:
                 self.history.interrupted = True
             except RuntimeError as why:
-                if self.accelerator.num_processes == 1 or not is_lost(why):
+                if self.accelerator.num_processes > 1 and is_lost(why):
+                    raise self._lost(why) from why
+                if (ended := ended_worker(why, *self._kept())) is None:
                     raise
-                raise self._lost(why) from why
+                raise ended from why
         if self.history.has_stalled(self.config.patience) and not self.history.interrupted:
             self.learners.load_state_dict(self.best)
             self.history.stopped_early = True
@@ -264,8 +267,13 @@ class _Training:
     def _lost(self, why: RuntimeError) -> RunError:
         """The error where another process has ended."""
         several = f"Another of the {self.accelerator.num_processes} processes that train together has ended"
-        kept = f" {len(self.history.epochs)} complete epochs are kept: launch all of them again with "
-        return RunError(f"{several} ({first_line(why)[:80]}).{kept}", Argument("resume", "True"), ".")
+        return RunError(f"{several} ({first_line(why)[:80]}).", *self._kept("launch all of them again"))
+
+    def _kept(self, go_on: str = "go on") -> Advice:
+        """How to go on with the epochs that are complete; nothing if none is kept."""
+        if self.path is None or not (done := len(self.history.epochs)):
+            return ()
+        return f" {number_of(done, 'complete epoch', 'is')} kept: {go_on} with ", Argument("resume", "True"), "."
 
     def _run_epoch(self, data: TrainingData, loader: Any, val_loader: Any, on_epoch: Any) -> None:
         """One more epoch. If it is interrupted or diverges, the weights go back to those of the last complete one."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 import ptee
-from ptee._common.errors import PteeError, UnknownName
+from ptee._common.errors import DataError, PteeError, UnknownName
 from ptee._common.validation import FrozenConfig, Number, Whole, checked, from_pydantic, named
 
 
@@ -54,6 +55,25 @@ def test_an_error_of_any_pydantic_model_says_where_it_is():
 def test_a_config_does_not_change():
     with pytest.raises(ValidationError):
         Inner().lr = 3
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("DataLoader worker (pid 17) is killed by signal: Killed. ", "killed by signal: Killed"),
+        ("DataLoader worker (pid(s) 17, 18) exited unexpectedly", "exited unexpectedly"),
+        ("DataLoader worker (pid 17) exited unexpectedly with exit code 3. Details are lost", "with exit code 3"),
+        ("Caught RuntimeError in DataLoader worker process 0.\nOriginal", None),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_an_error_of_torch_is_replaced_only_where_a_process_that_loads_images_has_ended(said, reason):
+    @checked
+    def function() -> None:
+        raise RuntimeError(said)
+
+    with pytest.raises(DataError if reason else RuntimeError, match=re.escape(reason or said)):
+        function()
 
 
 @checked

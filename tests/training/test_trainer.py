@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from learning import Interrupted, K, N, Net, data, fit, heads, images, labels, m
 from small import OwnLoader, Stream
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import ptee
 from ptee._common.errors import DataError, DeviceError, PteeError, UnknownName
@@ -382,6 +383,39 @@ def test_an_error_in_the_data_reaches_the_caller_and_keeps_the_last_complete_epo
     fit(want, epochs=1)
     assert same(heads(model), heads(want))
     assert not model.training
+
+
+class Killing(Dataset[Any]):
+    """The data. A process that loads them is killed when `at` holds the number of an image, as for lack of memory."""
+
+    def __init__(self, *at: int) -> None:
+        self.at = set(at)
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index in self.at and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return images()[index], labels()[index]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_process_that_loads_images_and_is_killed_is_told_with_what_to_do(cache):
+    said = (
+        r"^A process that loads images has ended .* memory is short\. Take fewer of them, or none \(num_workers=0\)\.$"
+    )
+    with pytest.raises(DataError, match=said):
+        fit(made(), Killing(20), num_workers=1, cache=cache)
+
+
+def test_where_epochs_are_kept_a_killed_process_is_told_with_how_to_go_on(tmp_path):
+    data = Killing()
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(
+        DataError, match=r"none \(num_workers=0\)\. 1 complete epoch is kept: go on with resume=True\.$"
+    ):
+        fit(made(), data, num_workers=1, checkpoint=checkpoint, on_epoch=lambda _: data.at.add(20))
 
 
 def test_heads_in_half_precision_are_refused_with_the_way_around():
