@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -48,24 +49,45 @@ class Views(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.sample(index, int(self.drawn[index]))
 
-    def sample(self, index: int, number: int) -> Any:
-        """One sample in its view of this number."""
+    def sample(self, index: int, number: int, look: Callable[[int, Any], None] | None = None) -> Any:
+        """One sample in its view of this number. `look` is called with its index and its image before that."""
         generator = torch.Generator().manual_seed(((self.seed * PRIME + index) * PRIME + number) % 2**63)
-        return _with_image(self.data[index], lambda image: make_view(image, number, generator, mirror=self.mirror))
+
+        def view(image: Any) -> Any:
+            if look is not None:
+                look(index, image)
+            return make_view(image, number, generator, mirror=self.mirror)
+
+        return _with_image(self.data[index], view)
 
 
 class AllViews(Dataset[Any]):
-    """View 0 of all samples, then view 1 of all samples, and so on. For the cache."""
+    """View 0 of all samples, then view 1 of all samples, and so on. For the cache.
+
+    `changes` becomes true where an image is another one when it is read for another view.
+    """
 
     def __init__(self, data: Views) -> None:
         self.data = data
+        # In memory that the processes of a loader share: 1 more than the checksum of each image, 0 where none was read.
+        self.checksums = torch.zeros(len(data), dtype=torch.int64, device="cpu").share_memory_()
+        self.changes = torch.zeros((), dtype=torch.bool, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.data) * self.data.views
 
     def __getitem__(self, index: int) -> Any:
         number, sample = divmod(index, len(self.data))
-        return self.data.sample(sample, number)
+        return self.data.sample(sample, number, self._compare)
+
+    def _compare(self, index: int, image: Any) -> None:
+        if isinstance(image, Tensor):
+            image = image.detach().cpu().contiguous().view(torch.uint8).numpy()
+        if isinstance(image, np.ndarray):  # anything else is refused when batches are made
+            before, now = int(self.checksums[index]), 1 + crc32(np.ascontiguousarray(image).data)
+            if before and before != now:
+                self.changes.fill_(True)
+            self.checksums[index] = now
 
 
 def draw_views(samples: int, views: int, seed: int, epoch: int) -> Tensor:

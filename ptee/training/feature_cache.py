@@ -230,7 +230,8 @@ def fill(
         callback: called with the size, as soon as it is known and there is room for it.
     """
     views = data if isinstance(data, Views) else None
-    loader = batches(AllViews(views) if views else data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
+    read = AllViews(views) if views else data
+    loader = batches(read, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     cache: Cache | None = None
     start = 0
     for images, labels in map(split_batch, with_bar(loader, description)):
@@ -243,6 +244,8 @@ def fill(
                     callback(cache.estimate)
         cache.put(start, reading, labels)
         start += len(images)
+        if views and read.changes:
+            raise changing_images()
     assert cache is not None and start == cache.estimate.rows
     return cache
 
@@ -377,6 +380,14 @@ def _too_large(reason: str, more: str = "") -> CacheTooLargeError:
     error = CacheTooLargeError(f"{reason} the backbone in every epoch (", instead, f"){more}.", argument="cache")
     error.reason = f"{reason.partition('. ')[0]}."
     return error
+
+
+def changing_images() -> DataError:
+    """The error for data that must not change and does."""
+    text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "
+    more = ", or remove the random transforms and let ptee make views of the images ("
+    instead = Argument("cache", "False"), more, Argument("views", "4"), ")."
+    return DataError(text, *instead, argument="cache", value=True)
 
 
 def amount(size: int) -> str:

@@ -330,11 +330,32 @@ def test_a_cache_of_images_that_change_is_refused():
     assert len(fit(made(), Flickering(), epochs=1, cache=False).epochs) == 1
 
 
+class SeldomFlickering(Dataset[Any]):
+    """Images of which one in the middle is another each time it is read, in whatever process."""
+
+    def __init__(self) -> None:
+        self.reads = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.reads += index == 23
+        return images()[index] + 0.1 * (index == 23) * int(self.reads), labels()[index]
+
+
+@pytest.mark.parametrize("settings", [{"views": 1}, {"views": 2}, {"views": 2, "num_workers": 2}, {"views": 3, "mirror": False}], ids=str)
+def test_a_cache_of_images_that_seldom_change_is_refused_too(settings):
+    with pytest.raises(DataError, match=r"another image when it is read again.*cache=False"):
+        fit(made(), SeldomFlickering(), cache=True, **settings)
+
+
 def test_an_image_with_nan_is_not_called_another_image():
     spoilt = images().clone()
     spoilt[0, 0, 0, 0] = torch.nan
-    with pytest.raises(PteeError, match=r"The loss is nan.*leave out images with values that are not finite"):
-        fit(made(), TensorDataset(spoilt, labels()), cache=True)
+    for views in (1, 2):
+        with pytest.raises(PteeError, match=r"The loss is nan.*leave out images with values that are not finite"):
+            fit(made(), TensorDataset(spoilt, labels()), cache=True, views=views)
 
 
 # what is refused
