@@ -384,7 +384,9 @@ def _too_large(reason: str, more: str = "") -> CacheTooLargeError:
 
 def changing_images() -> DataError:
     """The error for data that must not change and does."""
-    text = "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "
+    text = (
+        "The data gives another image when it is read again, and a cache would keep the first one for all epochs. Give "
+    )
     more = ", or remove the random transforms and let ptee make views of the images ("
     instead = Argument("cache", "False"), more, Argument("views", "4"), ")."
     return DataError(text, *instead, argument="cache", value=True)

@@ -344,7 +344,9 @@ class SeldomFlickering(Dataset[Any]):
         return images()[index] + 0.1 * (index == 23) * int(self.reads), labels()[index]
 
 
-@pytest.mark.parametrize("settings", [{"views": 1}, {"views": 2}, {"views": 2, "num_workers": 2}, {"views": 3, "mirror": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"views": 1}, {"views": 2}, {"views": 2, "num_workers": 2}, {"views": 3, "mirror": False}], ids=str
+)
 def test_a_cache_of_images_that_seldom_change_is_refused_too(settings):
     with pytest.raises(DataError, match=r"another image when it is read again.*cache=False"):
         fit(made(), SeldomFlickering(), cache=True, **settings)
