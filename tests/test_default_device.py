@@ -1,4 +1,4 @@
-"""Whatever torch's default device is, a model computes where it lies and gives the same.
+"""Whatever torch's default device and number type are, a model computes where it lies and gives the same.
 
 Tensors on the meta device have no numbers: what ptee leaves to the default device would fail there, on any machine.
 """
@@ -125,28 +125,23 @@ def bfloat16_by_default() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("step", [pytest.param(name, marks=needs_onnx) if "ONNX" in name else name for name in STEPS])
-def test_it_gives_the_same_with_another_default_device(step, tmp_path):
+DEFAULTS: dict[str, Callable[[], Any]] = {"device": lambda: torch.device("meta"), "number type": bfloat16_by_default}
+CASES = [
+    (default, step) for default in DEFAULTS for step in STEPS if (default, "ONNX" in step) != ("number type", True)
+]
+
+
+@pytest.mark.parametrize(
+    ("default", "step"), [pytest.param(*case, marks=needs_onnx) if "ONNX" in case[1] else case for case in CASES]
+)
+def test_it_gives_the_same_with_another_default(default, step, tmp_path):
+    """Many programs set a number type while they build networks, and a device for all that they do."""
     torch.manual_seed(0)
     images, labels = labelled(N)
     data = TensorDataset(images.cpu(), labels.cpu())
     want = STEPS[step](made("conv1"), data, tmp_path / "one")
     torch.manual_seed(0)
     model = made("conv1")
-    with torch.device("meta"):
-        got = STEPS[step](model, data, tmp_path / "two")
-    assert got == want
-
-
-@pytest.mark.parametrize("step", [name for name in STEPS if "ONNX" not in name])
-def test_it_gives_the_same_with_another_default_number_type(step, tmp_path):
-    """Many programs set one while they build networks."""
-    torch.manual_seed(0)
-    images, labels = labelled(N)
-    data = TensorDataset(images.cpu(), labels.cpu())
-    want = STEPS[step](made("conv1"), data, tmp_path / "one")
-    torch.manual_seed(0)
-    model = made("conv1")
-    with bfloat16_by_default():
+    with DEFAULTS[default]():
         got = STEPS[step](model, data, tmp_path / "two")
     assert got == want
