@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from numbers import Integral, Number
 from pathlib import Path
@@ -16,6 +17,9 @@ from ptee._common.errors import DataError, some
 from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
+SECONDS_TO_END = (
+    1.0  # where a process that loads images ends, its connection is lost before torch raises the error that says so
+)
 
 
 class CpuLoader(DataLoader[Any]):
@@ -35,7 +39,11 @@ def _on_cpu(items: Iterator[Any]) -> Iterator[Any]:
     end = object()
     while True:
         with made_on_cpu():
-            item = next(items, end)
+            try:
+                item = next(items, end)
+            except (ConnectionError, EOFError):
+                time.sleep(SECONDS_TO_END)
+                raise
         if item is end:
             return
         yield item
