@@ -26,6 +26,7 @@ class Epoch:
         leaving: (E+1) share of the images that would leave at each exit at the model's thresholds.
         val_loss: the loss on val_data after the epoch, or None.
         seconds: how long the epoch took.
+        val_leaving: likewise `leaving` on val_data, or None.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Epoch:
     leaving: list[float]
     val_loss: float | None
     seconds: float
+    val_leaving: list[float] | None = None
 
     @property
     def judged(self) -> float:
@@ -107,11 +109,15 @@ def _joined(shares: Sequence[float] | None) -> str:
 
 
 def collapse_of(history: History, model: EarlyExitModel, config: TrainingConfig) -> str | None:
-    """What is to be said if nearly all images leave at one place after a training with a joint loss; else None."""
+    """What is to be said if nearly all images leave at one place after a training with a joint loss; else None.
+
+    A backbone that learns answers otherwise in training mode, so validation images say more, if there are some.
+    """
     if not history.epochs or config.loss in ALONE:  # there h means that the answer is right
         return None
     last = history.best if history.stopped_early else history.epochs[-1]
-    share, n = max((share, n) for n, share in enumerate(last.leaving))
+    images, leaving = ("training", last.leaving) if last.val_leaving is None else ("validation", last.val_leaving)
+    share, n = max((share, n) for n, share in enumerate(leaving))
     if share <= COLLAPSED:
         return None
     early = n < len(model.exits)
@@ -122,6 +128,6 @@ def collapse_of(history: History, model: EarlyExitModel, config: TrainingConfig)
     elif early and not config.cost_weight:
         del advice[0]  # it cannot be lower
     return (
-        f"Training collapsed: {share:.0%} of the images leave at {where} at threshold {model.threshold[0]:g}. "
+        f"Training collapsed: {share:.0%} of the {images} images leave at {where} at threshold {model.threshold[0]:g}. "
         f"{', '.join(advice).capitalize()}, or set other thresholds."
     )

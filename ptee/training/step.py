@@ -180,13 +180,13 @@ def moved(reading: Reading, device: torch.device, dtype: torch.dtype) -> Reading
 
 
 class EpochSums:
-    """Sums over the rows of an epoch."""
+    """Sums over the rows of an epoch, for so many answers: those of the exits and the backbone's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: int) -> None:
         self.samples = 0
         self.labelled = True
         self.loss: Tensor | float = 0.0
-        self.counts = torch.zeros((), dtype=torch.int64, device="cpu")  # (3, E+1) right, faithful, leaving
+        self.counts = torch.zeros((3, answers), dtype=torch.int64, device="cpu")  # right, faithful, leaving
 
     def add(self, result: BatchResult, rows: int) -> None:
         """Add a batch of so many rows."""
@@ -194,7 +194,8 @@ class EpochSums:
         self.labelled &= result.right is not None
         self.loss = self.loss + result.loss.detach().float() * rows
         right = torch.zeros_like(result.faithful) if result.right is None else result.right
-        self.counts = self.counts + torch.stack([right, result.faithful, result.leaving])
+        counts = torch.stack([right, result.faithful, result.leaving])
+        self.counts = self.counts.to(counts.device) + counts
 
     def postfix(self) -> dict[str, str]:
         """For the progress bar: the loss, and fidelity and accuracy of each exit in per cent."""

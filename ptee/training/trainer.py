@@ -218,6 +218,7 @@ class _Training:
             raise PteeError(f"Weights in {dtype} cannot be trained well. Train model.float(), then convert it.")
         self.epochs = passes(config, len(model.exits))
         self.epochs_each = self.epochs // (len(model.exits) if config.order == ONE_BY_ONE else 1)
+        self.answers = len(model.exits) + 1
         self.turns = Turns(model.heads, config)
         self._begin(0)
         self.history = History(config=config.model_dump())
@@ -311,8 +312,9 @@ class _Training:
         with shared_batch_norm(self.learners) if several else nullcontext():
             means = self._learn(number, loader)
         self._require_finite(number, means.loss)
-        val_loss = None if val_loader is None else self._loss_on(val_loader)
-        return Epoch(number, *means, val_loss, time.perf_counter() - start)
+        found = None if val_loader is None else self._measured_on(val_loader)
+        val_loss, val_leaving = (None, None) if found is None else (found.loss, found.leaving)
+        return Epoch(number, *means, val_loss, time.perf_counter() - start, val_leaving)
 
     def _require_finite(self, number: int, loss: float) -> None:
         """Refuse to go on from a loss or weights that are not finite. The last update of an epoch has no loss yet."""
@@ -330,7 +332,7 @@ class _Training:
         self.model.train()
         if self.config.order == ONE_BY_ONE:
             self.turns.only(self.stage)
-        sums, (done, steps) = EpochSums(), self._place(loader)
+        sums, (done, steps) = EpochSums(self.answers), self._place(loader)
         bar = with_bar(loader, f"epoch {number} of {self.epochs}", bool(self.accelerator.is_local_main_process))
         for n, (batch, labels) in enumerate(entries(bar)):  # also those that are too small count in the schedule
             if steps:
@@ -355,14 +357,13 @@ class _Training:
         return result
 
     @torch.no_grad()
-    def _loss_on(self, loader: Any) -> float:
+    def _measured_on(self, loader: Any) -> EpochMeans:
         self.model.eval()
-        sums = EpochSums()
+        sums = EpochSums(self.answers)
         step = self.accelerator.unwrap_model(self.step)  # another process may have no batch left
         for batch, labels in entries(with_bar(loader, "validation", bool(self.accelerator.is_local_main_process))):
             sums.add(self._judge(batch, labels, step), rows_of(batch))
-        samples, _, loss = self._over_processes(sums.tensor()[:3]).tolist()
-        return float(loss / samples)
+        return EpochSums.means(self._over_processes(sums.tensor()))
 
     def _judge(self, batch: Tensor | Reading, labels: Tensor | None, step: nn.Module) -> BatchResult:
         if isinstance(batch, Reading):

@@ -19,6 +19,14 @@ def test_a_history_prints_as_a_table_of_epochs():
     assert lines[-2:] == ["Stopped early: the loss no longer fell.", "It collapsed."]
 
 
+def test_a_collapse_is_that_of_the_validation_images_where_there_are_some():
+    model, config = made("pool"), TrainingConfig(loss="joint").resolved()
+    gone, mixed = [1.0, 0, 0], [0.5, 0.3, 0.2]
+    of = [Epoch(1, 1.5, None, [1, 1, 1], leaving, 1.5, 3, val) for leaving, val in ((gone, mixed), (mixed, gone))]
+    assert collapse_of(History(of[:1]), model, config) is None
+    assert "100% of the validation images leave at exit 0" in collapse_of(History(of[1:]), model, config)
+
+
 def test_the_line_of_an_epoch_says_what_was_measured_on_which_images():
     line = Epoch(1, 1.5, None, [0.5, 0.25, 1.0], [1, 0, 0], 2.0, 3).line(5)
     assert line == "epoch 1/5  loss 1.5000  fidelity on training images 0.500 0.250  validation loss 2.0000  3 s"

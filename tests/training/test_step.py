@@ -19,7 +19,7 @@ class OnMps(Tensor):
 
 
 def test_an_epoch_is_added_up_without_float64_on_the_device():
-    sums = EpochSums()
+    sums = EpochSums(2)
     counts = [torch.tensor(n, device="cpu").as_subclass(OnMps) for n in ([1, 2], [3, 4], [0, 4])]
     sums.add(BatchResult(torch.tensor(0.5, device="cpu").as_subclass(OnMps), *counts), rows=4)
     assert sums.tensor().tolist() == [4, 0, 2, 1, 2, 3, 4, 0, 4]

@@ -206,6 +206,23 @@ def test_a_collapse_is_warned_of_with_the_place_where_all_leave(loss, where):
     assert "collapsed" in history.warning
 
 
+def test_what_cannot_be_lowered_is_no_advice_after_a_collapse():
+    model = made("pool")
+    model.threshold = 0
+    said = r"100% of the training images leave at exit 0 .* at threshold 0\. Train longer, or set"
+    with pytest.warns(UserWarning, match=said):
+        ptee.train(model, data(), loss="joint", cost_weight=0, epochs=1, precision="no", device=here())
+
+
+def test_where_validation_images_leave_is_measured_in_eval_mode_after_the_epoch():
+    model = made("pool")
+    model.threshold = 0.6
+    epoch = fit(model, None, data(), backbone="joint", epochs=1).epochs[-1]
+    left = model.predict(images()).exit_index.cpu()
+    assert epoch.val_leaving == pytest.approx((torch.bincount(left, minlength=3) / N).tolist())
+    assert fit(made("pool"), epochs=1).epochs[-1].val_leaving is None
+
+
 def test_no_collapse_is_seen_where_images_leave_in_several_places():
     model = made("pool")
     with torch.no_grad():
