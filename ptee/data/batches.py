@@ -256,7 +256,10 @@ def _class_numbers(labels: Any, b: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         numbers = torch.empty(0, device="cpu")
     if numbers.shape not in ((b,), (b, 1)) or numbers.is_floating_point():
-        raise DataError(f"The labels of {b} images should be {b} class numbers, but they are a {_describe(labels)}.")
+        said = "The label of 1 image should be 1 class number, but it is"
+        if b != 1:
+            said = f"The labels of {b} images should be {b} class numbers, but they are"
+        raise DataError(f"{said} a {_describe(labels)}.")
     return numbers.flatten().long()  # (b, 1) -> (b,)
 
 

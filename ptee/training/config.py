@@ -18,6 +18,7 @@ TOGETHER: Literal["together"] = "together"
 ONE_BY_ONE: Literal["one by one"] = "one by one"
 # The names of the thesis (v1, v2), of differentiable branching (db) and of BranchyNet, and an older one.
 ALIASES = {"each": SEPARATE, "v1": "joint", "v2": "joint_each_exit", "db": "joint", "branchynet": WEIGHTED}
+LARGEST_LR, LARGEST_WEIGHT = 1e30, 1e12  # beyond them single precision overflows, whatever is learnt
 MIN_EPOCHS, MAX_EPOCHS, UPDATES = 12, 40, 5_000  # epochs="auto"
 SHIFTED_PART = 8  # shift="auto": an eighth of a side, as crops of padded images commonly do
 Auto = Literal["auto"]
@@ -49,6 +50,7 @@ class TrainingConfig(FrozenConfig):
     backbone_lr: Number | None = Field(
         default=None,
         gt=0,
+        le=LARGEST_LR,
         description="Learning rate of the backbone at the beginning, where it learns. Default: that of the heads.",
     )
     loss: Annotated[Loss, BeforeValidator(_lower), AfterValidator(lambda name: ALIASES.get(name, name))] = Field(
@@ -72,6 +74,7 @@ class TrainingConfig(FrozenConfig):
     cost_weight: Number | None = Field(
         default=None,
         ge=0,
+        le=LARGEST_WEIGHT,
         description="What one unit of cost is worth in cross-entropy. Only for the joint losses. Default: 1.",
     )
     cost_unit: Literal["operations", "parameters"] = Field(
@@ -104,7 +107,10 @@ class TrainingConfig(FrozenConfig):
         "for the others.",
     )
     lr: Number | None = Field(
-        default=None, gt=0, description="Learning rate at the beginning. Default: 0.01 for muon, 0.001 for the others."
+        default=None,
+        gt=0,
+        le=LARGEST_LR,
+        description="Learning rate at the beginning. Default: 0.01 for muon, 0.001 for the others.",
     )
     weight_decay: Number | None = Field(
         default=None,

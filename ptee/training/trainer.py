@@ -343,7 +343,9 @@ class _Training:
             if sums.samples and not bar.disable:  # reading the sums waits for the device
                 bar.set_postfix(sums.postfix(), refresh=False)
         if not sums.samples:
-            raise DataError(f"The training data gave no batch of {self.min_rows} images or more.")
+            needed = number_of(self.min_rows, "image")
+            text = f"The training data gave no batch of {needed} or more. Give more images, or larger batches: of a data set by "
+            raise DataError(text, Argument("batch_size", "128"), ", of a loader where it is made.")
         self._share_statistics()
         return EpochSums.means(self._over_processes(sums.tensor()))
 

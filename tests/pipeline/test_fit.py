@@ -401,7 +401,7 @@ UNFIT = {
     "pictures": (lambda x, y, _: (Image.new("RGB", (8, 8)), y), r"gives PIL images: give it transform=ToTensor\(\)"),
     "no label": (lambda x, *_: (x, None), "cannot form a batch: give .image tensor, class number"),
     "no label for some": (lambda x, y, i: (x, None if i == 50 else y), "cannot form a batch|differ"),
-    "words for labels": (lambda x, *_: (x, "cat"), "should be 1 class numbers"),
+    "words for labels": (lambda x, *_: (x, "cat"), "The label of 1 image should be 1 class number, but it is"),
     "a label of 70 bits": (lambda x, *_: (x, 2**70), "cannot form a batch"),
     "other names": (lambda x, y, i: {"image": x, "label" if i else "class": y}, "cannot form a batch|should be"),
 }  # fmt: skip

@@ -131,6 +131,16 @@ def test_a_cosine_schedule_needs_a_loader_with_a_length():
         fit(made(), DataLoader(stream(), 16), schedule="cosine")
 
 
+def test_batches_that_are_too_small_for_batch_norm_are_refused_with_what_to_do_and_nothing_else():
+    loader = DataLoader(data(), 1)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(DataError, match=r"no batch of 2 images or more\. Give .*batch_size=128"),
+    ):
+        warnings.simplefilter("error")  # torch warned of the schedule
+        ptee.train(made("conv1"), loader, epochs=1, schedule="cosine", precision="no", device=here())
+
+
 def test_the_callers_random_numbers_are_left_alone():
     model = made()
     torch.set_default_device(None)  # elsewhere such a loader needs a generator of its own
