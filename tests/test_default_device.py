@@ -132,7 +132,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("default", "step"), [pytest.param(*case, marks=needs_onnx) if "ONNX" in case[1] else case for case in CASES]
+    ("default", "step"),
+    [pytest.param(*case, marks=[needs_onnx, pytest.mark.slow]) if "ONNX" in case[1] else case for case in CASES],
 )
 def test_it_gives_the_same_with_another_default(default, step, tmp_path):
     """Many programs set a number type while they build networks, and a device for all that they do."""

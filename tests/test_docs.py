@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from cases import slow
 from device import seeded
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -189,7 +190,11 @@ def registries():
 
 
 @pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", [ROOT / "README.md", *GUIDE], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [slow(page) if page.stem == "report" else page for page in (ROOT / "README.md", *GUIDE)],
+    ids=lambda page: page.stem,
+)
 def test_the_python_examples_of_a_page_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = names_of_examples()

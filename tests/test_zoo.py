@@ -27,7 +27,6 @@ SAMPLE = [
     *(
         "timm/byobnet",
         "timm/convnext",
-        "timm/levit",
         "timm/mambaout",
         "timm/maxxvit",
     ),
@@ -44,6 +43,7 @@ MORE_OF_THESE_KINDS = [
         "timm/efficientvim",
         "timm/ghostnet",
         "timm/hrnet",
+        "timm/levit",
     ),
     *("timm/mobilenetv3", "timm/pit", "timm/regnet", "timm/repghost", "timm/starnet", "timm/twins"),
     *("timm/vision_transformer_relpos", "torchvision/mobilenetv3", "timm/nfnet", "timm/efficientnet"),

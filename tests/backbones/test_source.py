@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,11 +14,12 @@ from ptee._common.errors import BackboneError
 from ptee.backbones.load import load_backbone, rebuild
 
 
-@pytest.fixture
-def record(tmp_path) -> dict:
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> dict:
     """The record of a network whose weights are in a file."""
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), tmp_path / "w.safetensors")
-    return load_backbone("cifar_resnet20", weights=tmp_path / "w.safetensors").source
+    file = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), file)
+    return load_backbone("cifar_resnet20", weights=file).source
 
 
 PRETRAINED = {"tag": None, "hub": None, "revision": None}
@@ -80,8 +80,8 @@ def test_what_is_no_record_is_refused(source):
         rebuild(source)
 
 
-def test_a_record_whose_file_is_gone_names_it_and_asks_for_the_backbone(record):
-    Path(record["weights"]["file"]).unlink()
+def test_a_record_whose_file_is_gone_names_it_and_asks_for_the_backbone(record, tmp_path):
+    record = record | {"weights": record["weights"] | {"file": str(tmp_path / "w.safetensors")}}
     with pytest.raises(BackboneError, match=r"no weights file .*w\.safetensors.*backbone="):
         rebuild(record)
 

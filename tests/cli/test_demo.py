@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow
 from command import SHORT, assert_refused, evaluated, figures, read_json
 from safetensors.torch import save_file
 
@@ -79,15 +80,15 @@ def other_numbers(file: Path) -> None:
     file.write_bytes(whole[:-4] + bytes(4))
 
 
-def test_a_kept_network_that_is_damaged_is_trained_again(run, hasty):
+@pytest.mark.parametrize("damage", [cut_off, *map(slow, (another_network, other_numbers))])
+def test_a_kept_network_that_is_damaged_is_trained_again(damage, run, hasty):
     assert run("augment", *TINY, "--out", "first").status == 0
     (kept,) = Path("..", "cache", "ptee").iterdir()
     before = kept.read_bytes()
-    for damage in (cut_off, another_network, other_numbers):
-        damage(kept)
-        done = run("augment", *TINY, "--out", damage.__name__)
-        assert (done.status, kept.read_bytes() == before) == (0, True)
-        assert "The network that was kept cannot be used, so it is trained again: " in done.out
+    damage(kept)
+    done = run("augment", *TINY, "--out", "second")
+    assert (done.status, kept.read_bytes() == before) == (0, True)
+    assert "The network that was kept cannot be used, so it is trained again: " in done.out
 
 
 def test_another_recipe_or_other_images_have_another_network(hasty, monkeypatch):

@@ -66,7 +66,7 @@ def interrupted_after_an_epoch(monkeypatch: pytest.MonkeyPatch, said: str = "") 
 # ---------------------------------------------------------------------------------------------------- as the command does
 
 
-@pytest.mark.parametrize("recipe", ["ptee", "eenet", slow("pteenet")])
+@pytest.mark.parametrize("recipe", ["ptee", *map(slow, ("eenet", "pteenet"))])
 def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
     weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
     save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -134,7 +135,7 @@ def test_a_training_that_has_begun_goes_on_without_them(ptee, images, interrupte
     assert status == 0, said
 
 
-@pytest.mark.parametrize("step", ["run_training", "_set_confidence", "evaluate"])
+@pytest.mark.parametrize("step", ["run_training", *map(slow, ("_set_confidence", "evaluate"))])
 def test_a_picture_that_breaks_at_any_step_is_recorded_and_no_epoch_is_lost(step, ptee, images, monkeypatch):
     broken = images / "b" / "13.png"
 

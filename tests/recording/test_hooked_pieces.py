@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from awkward import REAL, REAL_SIZE, Cells
+from cases import slow
 from device import here, seeded
 from rerun import Once, stand_in
 from small import SIZE, K, chained, made
@@ -141,7 +142,9 @@ def test_the_same_rows_leave_at_the_same_exits_as_of_the_model(model, confidence
         torch.testing.assert_close(cost, want.cost)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny", "hrnet_w18_small", "vit_tiny"])  # rows packed with tokens, lists of maps
+@pytest.mark.parametrize(
+    "name", ["swin_tiny", "hrnet_w18_small", slow("vit_tiny")]
+)  # rows packed with tokens, lists of maps
 def test_real_networks_answer_as_they_are(name, pieces):
     torch.manual_seed(0)
     early = ptee.augment(REAL[name](), exits="pareto", num_exits=2, head="pool", input_size=REAL_SIZE)

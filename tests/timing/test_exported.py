@@ -48,6 +48,7 @@ def test_the_model_by_onnx_runtime_answers_as_predict(model, fast):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_the_bare_backbone_by_onnx_runtime_is_one_piece_and_the_model_stays_as_it_is(model):
     x, off = torch.randn(3, *SIZE), model.off
     bare = bare_onnx(model)
@@ -57,6 +58,7 @@ def test_the_bare_backbone_by_onnx_runtime_is_one_piece_and_the_model_stays_as_i
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_without_its_head_a_piece_gives_what_is_alive_behind_its_cut_and_computes_less(model, tmp_path):
     import onnx
 

@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from device import here
 from learning import Interrupted, K, N, Net, data, fit, heads, images, labels, made, on, same, stopping
 from small import OwnLoader, Stream
@@ -50,7 +51,7 @@ def test_the_heads_learn_and_not_a_byte_of_the_backbone_changes(targets, head):
     assert history.epochs[-1].loss < history.epochs[0].loss
 
 
-@pytest.mark.parametrize("head", ["pool", "conv1"])
+@pytest.mark.parametrize("head", ["pool", slow("conv1")])
 @pytest.mark.parametrize("settings", [{"targets": "labels"}, {}], ids=str)
 def test_heads_that_learn_separately_come_nearer_to_their_targets_and_know_it(settings, head):
     model = made(head)

@@ -168,7 +168,7 @@ def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_t
     assert str(found).splitlines()[-1].startswith(f"Each exit answers by itself: {MISS}")
 
 
-@pytest.mark.parametrize(("answers", "unit"), [("auto", "operations"), ("auto", "time"), ("blended", "operations")])
+@pytest.mark.parametrize(("answers", "unit"), [("auto", "operations"), slow("auto", "time"), ("blended", "operations")])
 def test_blended_answers_that_save_nothing_with_their_final_weights_are_not_taken(monkeypatch, answers, unit):
     images, target = traces(1), Target("max_drop", 0.02)
     if unit == "time":
@@ -192,7 +192,7 @@ def test_within_a_cost_blended_answers_that_are_worse_with_their_final_weights_a
     assert "with their final weights, blended answers have the accuracy 0." in found.remark
 
 
-@pytest.mark.parametrize("unit", ["operations", "time"])
+@pytest.mark.parametrize("unit", [slow("operations"), "time"])
 @pytest.mark.parametrize("target", [Target("max_drop", 0.02), Target("max_cost", 0.6)], ids=str)
 def test_the_cost_of_blended_answers_is_that_of_their_final_weights(target, unit):
     images = timed(traces(2)) if unit == "time" else traces(2)
@@ -203,7 +203,7 @@ def test_the_cost_of_blended_answers_is_that_of_their_final_weights(target, unit
     assert f"; with the final weights cost {of_model.cost:.4f} of the multiply-accumulates" in str(found)
 
 
-@pytest.mark.parametrize("unit", ["operations", "time"])
+@pytest.mark.parametrize("unit", ["operations", slow("time")])
 def test_blended_answers_that_cost_too_much_with_their_final_weights_are_not_taken(monkeypatch, unit):
     images, target = traces(1), Target("max_cost", 0.5)
     if unit == "time":
@@ -348,7 +348,7 @@ def with_wrong(wrong: int, n: int = 200) -> Traces:
 
 @pytest.mark.parametrize("answers", ["own", "blended", "auto"])
 @pytest.mark.parametrize("one_threshold", [False, True])
-@pytest.mark.parametrize("margin", [0.01, "auto"])
+@pytest.mark.parametrize("margin", [slow(0.01), "auto"])
 @pytest.mark.parametrize("seed", [0, *map(slow, (1, 2))])
 def test_the_refusal_of_a_gain_that_is_out_of_reach_names_one_that_is_not(answers, one_threshold, margin, seed):
     how = {"answers": answers, "one_threshold": one_threshold}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import slow
 from device import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -434,7 +435,7 @@ def test_times_in_proportion_to_operations_choose_what_operations_choose(target)
     assert (by_count.score.time, by_count.unit, by_time.unit) == (None, "", "units of a test")
 
 
-@pytest.mark.parametrize("margin", [0, "auto"])
+@pytest.mark.parametrize("margin", [0, slow("auto")])
 def test_an_exit_whose_head_takes_long_is_switched_off(margin):
     traces, target = easy_and_hard(0, 3, 400), Target("max_drop", 0.02)
     slow = timed(traces)
@@ -450,7 +451,7 @@ def test_if_nothing_is_faster_than_the_bare_backbone_all_exits_are_off_and_it_sa
     assert "all exits off: nothing within the target is faster than the bare backbone units of a test." in str(found)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *map(slow, (1, 2))])
 def test_what_is_chosen_by_seconds_is_never_slower_than_what_is_chosen_by_operations(seed):
     traces, target = easy_and_hard(seed, 2, 200), Target("max_fidelity_drop", 0.05)
     g = drawn(seed)
