@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from command import BRIEF, RANDOM, SHORT, TEN, assert_refused, figures, files, pictures, read_json
 from safetensors.torch import load_file
 
@@ -80,7 +81,7 @@ def test_augment_takes_every_way_of_learning(run, known):
     assert "epoch 2/2" in done.out
 
 
-@pytest.mark.parametrize("off", [[], [0], [0, 1]], ids=str)
+@pytest.mark.parametrize("off", [slow([]), [0], [0, 1]], ids=str)
 def test_another_threshold_is_suggested_if_an_exit_is_on(off, run, known, monkeypatch):
     measure = fitting._measure
 
@@ -155,7 +156,7 @@ def test_too_few_images_to_calibrate_leave_the_largest_probability(run, known):
     torch.testing.assert_close(every.confidence[:-1], every.logits[:-1].softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("name", ["learned", "entropy"])
+@pytest.mark.parametrize("name", ["learned", slow("entropy")])
 def test_another_confidence_is_saved_by_its_name(name, run, known):
     done = run("augment", *known, *SHORT, "--confidence", name, "--out", "out")
     assert (done.status, ptee.load("out").confidence) == (0, name)

@@ -266,14 +266,14 @@ def filled(monkeypatch) -> list[str]:
 SAME = ["training images, 2 views", "validation images"]
 
 
-@pytest.mark.parametrize("over", ["lr=0.01,0.02", "head=pool,pool+", slow("epochs=1,2"), slow("max_cost=0.7,0.9")])
+@pytest.mark.parametrize("over", ["head=pool,pool+", *map(slow, ("lr=0.01,0.02", "epochs=1,2", "max_cost=0.7,0.9"))])
 def test_runs_that_read_the_same_share_one_pass_of_the_backbone(over, sweep, filled):
     assert sweep(over).status == 0
     assert filled == SAME
 
 
 @pytest.mark.parametrize(
-    "over", ["head=pool,conv1", "seed=0,1", "views=2,3", slow("exits=layer1,layer2"), slow("batch_size=4,8")]
+    "over", ["head=pool,conv1", *map(slow, ("seed=0,1", "views=2,3", "exits=layer1,layer2", "batch_size=4,8"))]
 )
 def test_runs_that_read_something_else_have_a_pass_of_their_own(over, sweep, filled):
     assert sweep(over).status == 0

@@ -285,7 +285,7 @@ def test_a_piece_that_does_harm_is_refused_in_one_line_even_with_its_hash(part, 
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
 def test_a_network_that_normalises_its_images_in_place_is_exported(format, tmp_path):
     early = ptee.augment(Normalises(), exits=["a"], head="pool", input_size=SIZE)
     runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
@@ -318,6 +318,7 @@ except ptee.PteeError as why:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_of_a_piece_is_named_and_ends_no_process(tmp_path):
     pytest.importorskip("resource", reason="limits of files are Unix's")
     command = [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path / "out")]

@@ -35,7 +35,7 @@ def early(name: str, side: int, **wish: object) -> ptee.EarlyExitModel:
     return ptee.augment(network, num_exits=2, head="pool", input_size=(3, side, side), **wish)
 
 
-USUAL = [("test_resnet", 0), ("test_resnet", 1), ("test_vit", 0), ("test_vit", 3)]
+USUAL = [("test_resnet", 1), ("test_vit", 3)]
 MORE = [(name, ahead) for name in FAMILIES for ahead in (0, 1, 3) if (name, ahead) not in USUAL]
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow
 from small import SIZE, K, labelled, made
 from torch import Tensor, nn
 from torch._dynamo.exc import InternalTorchDynamoError
@@ -195,7 +196,9 @@ def test_the_network_that_is_advised_is_not_compiled(how):
     assert ptee.augment(net, exits=["a"], input_size=SIZE).predict(labelled(2)[0]).logits.shape == (2, K)
 
 
-@each_way
+@pytest.mark.parametrize(
+    "how", [slow(how) if how in (whole, replaced) else how for how in WAYS], ids=lambda how: how.__name__
+)
 def test_what_is_compiled_afterwards_changes_no_answer(how):
     model, (x, _) = ptee.augment(Net(), exits=["a", "b"], input_size=SIZE), labelled(3)
     walls = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])

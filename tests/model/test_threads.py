@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow
 from device import here
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def keep_what_cannot_be_copied(net: Crowded) -> None:
 
 
 @pytest.mark.cpu("a GPU is no place for an export")
-@pytest.mark.parametrize("copies", [True, False], ids=["", "and cannot be copied"])
+@pytest.mark.parametrize("copies", [slow(True, id="and can be copied"), pytest.param(False, id="and cannot be copied")])
 @pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES)
 def test_a_model_answers_while_it(capture, copies, tmp_path):
     net = crowded()

@@ -151,8 +151,10 @@ def test_thresholds_by_time_are_chosen_by_what_was_measured_of_the_pieces(tmp_pa
 
 @pytest.mark.parametrize(
     ("usual", "names"),
-    [({"exits": (0.4,)}, ["5"]), ({"exits": None, "head": None}, ["5"])],
-    ids=["one place", "the default"],
+    [
+        slow({"exits": (0.4,)}, ["5"], id="one place"),
+        pytest.param({"exits": None, "head": None}, ["5"], id="the default"),
+    ],
 )
 def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goes_on_keeps_them(
     usual, names, tmp_path, monkeypatch
@@ -175,7 +177,7 @@ def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goe
     assert not (tmp_path / "run" / PLACED_BY).exists()
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["a new folder", "over another training"])
+@pytest.mark.parametrize("overwrite", [slow(False, id="a new folder"), pytest.param(True, id="over another training")])
 def test_times_that_exits_are_placed_by_are_kept_with_the_first_checkpoint(overwrite, tmp_path, monkeypatch):
     clocks = iter([{"0": 0.1, "2": 0.8}] * overwrite + [{"0": 0.2, "2": 0.6}, {"0": 0.5, "2": 0.97}])
     monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules(next(clocks), 1.0, "a clock"))
@@ -286,7 +288,7 @@ def test_a_backbone_is_used_as_it_is_and_given_back_by_detach():
     assert torch.equal(backbone(x), before)
 
 
-@pytest.mark.parametrize("name", ["config.json", "heads.safetensors", "metrics.json", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["config.json", "recipe.yaml", *map(slow, ("heads.safetensors", "metrics.json"))])
 def test_if_a_file_cannot_be_written_all_files_of_the_run_stay_as_they_were(name, tmp_path, monkeypatch):
     """The run is written before and after the measurement; here the disk is full at the second time."""
     replace = Path.replace

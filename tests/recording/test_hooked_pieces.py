@@ -189,7 +189,7 @@ class Wrong:
 WRONG = [*((exit, "logits") for exit in range(4)), *((exit, "confidence") for exit in range(3)), (1, "cost")]
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 16])
+@pytest.mark.parametrize("max_batch", [1, slow(2), 16])
 @pytest.mark.parametrize(("exit", "what"), WRONG)
 def test_one_wrong_answer_anywhere_is_found(exit, what, max_batch, pieces):
     early = chained()
