@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import zoo
+from cases import slow
 from torch import Tensor, nn
 
 from ptee.analysis.macs import count
@@ -23,7 +24,9 @@ NETS = {  # and the edge of their images
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", ["resnet50", "swin_tiny", *map(slow, ("vit_tiny", "densenet121", "torchvision vit_b_16"))]
+)
 def test_convolutions_and_products_until_every_module_agree_with_torchs_counter(name):
     make, edge = NETS[name]
     module, image = make().eval(), torch.randn(1, 3, edge, edge)

@@ -7,6 +7,7 @@ import tarfile
 import pytest
 import timm
 import torch
+from cases import slow
 from images import first_images
 from safetensors.torch import save_file
 
@@ -14,7 +15,7 @@ import ptee
 from ptee.backbones.load import load_backbone, rebuild
 from ptee.backbones.small_networks import NETWORKS
 
-SLOW = pytest.param("cifar_densenet121", marks=pytest.mark.slow)
+SLOW = slow("cifar_densenet121")
 SMALL = ["eenet8", "cifar_alexnet", "cifar_resnet18", SLOW]
 MILLIONS = {  # as published: ../shared/data/README.md, github.com/kuangliu/pytorch-cifar, Simonyan & Zisserman without 3 layers
     "cifar_densenet121": 6.96, "cifar_vgg19": 20.04, "cifar_resnet18": 11.17, "cifar_resnet50": 23.52, "cifar_resnet101": 42.51,
@@ -64,7 +65,7 @@ def test_other_channels_and_classes(name):
     assert made(torch.randn(1, 2, 32, 32)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("name", ["cifar_vgg19", SLOW])
+@pytest.mark.parametrize("name", [slow("cifar_vgg19"), SLOW])
 def test_trained_networks_load_and_are_as_accurate_as_measured(name, weights, real_data):
     backbone = load_backbone(name, weights=weights / f"{name}.safetensors")
     with tarfile.open(real_data / "cifar10" / "calibration.tar") as file:

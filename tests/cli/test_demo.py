@@ -131,6 +131,7 @@ def pixels(images: Any) -> list[list[float]]:
     return [image.flatten().tolist() for image, _ in images]
 
 
+@pytest.mark.slow
 def test_a_run_of_the_demo_with_another_seed_is_measured_again_on_its_own_images(run, hasty):
     assert run("augment", *TINY, "--seed", 1).status == 0
     assert figures(evaluated(run, "runs/demo")) == figures(read_json("runs/demo", "metrics.json")["results"])

@@ -130,7 +130,7 @@ def saved(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("what", ["save_pretrained", slow("tune"), slow("bench")])
+@pytest.mark.parametrize("what", [*map(slow, ("save_pretrained", "tune", "bench"))])
 def test_after_a_kill_at_any_rename_the_run_is_wholly_old_or_wholly_new(what, run, original):
     def change(folder: Path) -> None:
         if what == "save_pretrained":

@@ -480,6 +480,7 @@ def test_beside_a_picture_that_cannot_be_read_the_runner_answers_the_others(tmp_
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_the_threads_of_a_piece_that_is_done_do_not_spin(tmp_path, monkeypatch):
     import onnxruntime
 
@@ -495,6 +496,7 @@ def test_the_threads_of_a_piece_that_is_done_do_not_spin(tmp_path, monkeypatch):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_confidences_that_are_nearly_nothing_may_be_rounded_to_nothing(tmp_path):
     model = made()
     with torch.no_grad():  # ONNX Runtime gives 0 where torch gives 1e-12

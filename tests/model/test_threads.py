@@ -120,6 +120,7 @@ def test_a_model_answers_while_it(capture, copies, tmp_path):
 
 
 @pytest.mark.cpu("a GPU is no place for an export")
+@pytest.mark.slow
 def test_an_export_leaves_a_front_network_frozen(tmp_path):
     front = crowded()
     model = ptee.augment(crowded(), front=front, input_size=SIZE, exits=["blocks.0"], head="pool")

@@ -110,6 +110,7 @@ def test_the_folder_of_its_run_adds_the_training_and_the_recipe(fitted, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
 def test_a_run_that_keeps_times_is_reported_by_what_they_cost_beside_a_smaller_network(fitted, tmp_path):
     model, folder = fitted
     own = shutil.copytree(folder, tmp_path / "run")

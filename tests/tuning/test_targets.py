@@ -464,6 +464,7 @@ def test_what_is_chosen_by_seconds_is_never_slower_than_what_is_chosen_by_operat
     assert by_time.score.time == by_time.on(some).time
 
 
+@pytest.mark.slow
 def test_a_larger_drop_never_takes_longer():
     traces = timed(easy_and_hard(1, 2, 100), first=2.0, call=0.1)
     found = [s.score.time for s in curves(traces, (0.0, 0.01, 0.05))["own"]]
