@@ -102,7 +102,7 @@ def executors_of(o: Mapping[str, Any]) -> list[str] | None:
 def require_export(o: Mapping[str, Any]) -> None:
     """Refuse a folder that is not free, and options of whole numbers that do not go together."""
     if o["int8"] and o["format"] != "onnx":
-        instead = Argument("format", "onnx")
+        instead = Argument.text("format", "onnx")
         raise PteeError("Whole numbers are for ONNX Runtime. Give ", instead, ".", argument="format", value=o["format"])
     if o["int8"] and not o["calibrate"]:
         text = "What values can be is measured on images. Give some that the heads were not trained on: "

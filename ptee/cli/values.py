@@ -75,7 +75,7 @@ def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: A
 def require_model(o: dict[str, Any]) -> None:
     """Refuse a command without --model, and one whose --data is no place of images, before anything heavy is imported."""
     if o["model"] is None:
-        example = Argument("model", "resnet50")
+        example = Argument.text("model", "resnet50")
         raise PteeError("Which model? Give ", GIVE_MODEL, ", such as ", example, ".", argument="model")
     if o.get("data") is not None:
         require_place(o["data"])
@@ -174,7 +174,7 @@ def refuse_without_model(o: dict[str, Any]) -> None:
 def refuse_about_model(run: str, o: dict[str, Any]) -> None:
     """Refuse options that are about a model where a run is given."""
     if o["model"] is not None:
-        raise PteeError(f"Both the run {run} and ", Argument("model", o["model"]), " are given. Give one of them.")
+        raise PteeError(f"Both the run {run} and ", Argument.text("model", o["model"]), " are given. Give one of them.")
     given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
     given += ["pretrained"] * (not o["pretrained"]) + list(given_settings(o))
     if given:

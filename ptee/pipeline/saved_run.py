@@ -119,7 +119,7 @@ def open_run(
     named = not data and not Path(source).is_absolute()  # the whole path of a folder is recorded
     if named and source.startswith(f"{HUB}/"):
         text = f"{run} was made with {source}, which may have to be fetched. If you trust it, give it again: "
-        raise DataError(text, Argument("data", source), ".")
+        raise DataError(text, Argument.text("data", source), ".")
     found, labels = open_images(
         source,
         model.origin,

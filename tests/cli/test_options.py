@@ -204,6 +204,7 @@ def test_a_value_that_cannot_be_read_is_refused_with_what_is_possible(words, sai
         (Argument("confidence", "'entropy'"), "--confidence entropy"),
         (Argument("model_args", "x"), "--model-arg x"),
         (Argument("training.epochs", "None"), "--set training.epochs=null"),
+        (Argument.text("data", "my pictures (2)"), "--data 'my pictures (2)'"),
         (Argument("data", "my pictures (2)"), "--data 'my pictures (2)'"),
         (Argument("input_size", "(3, 32, 32)"), "--input-size 3,32,32"),
         (Argument("exits", "['layer1', 'layer2']"), "--exits layer1,layer2"),
