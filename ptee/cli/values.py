@@ -57,11 +57,13 @@ def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: A
     `images`: those of the runs are wanted, if none are given. `exported`: an exported model will do.
     """
     from ptee.deploy.manifest import is_exported, read_manifest
-    from ptee.pipeline.recorded import require_openable
+    from ptee.pipeline.recorded import require_openable, require_same_input
 
     for name in ("data", "data_root", "classes") if o.get("traces") else ():
         if o[name]:
             raise PteeError(Argument(name), " is about images, and traces are given in their place. Leave it out.")
+    if len(runs) > 1:
+        require_same_input(runs)
     for run in runs:
         if exported and is_exported(run):
             exits = len(read_manifest(Path(run)).exits)
