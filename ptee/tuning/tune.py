@@ -11,7 +11,7 @@ import torch
 
 from ptee._common.progress import Log
 from ptee._common.text import number_of
-from ptee._common.validation import BATCH_SIZE, checked
+from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import OWN
@@ -27,7 +27,7 @@ from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
 
-@checked
+@checked_with(instead={"threshold": "It chooses thresholds; set one of your own by model.threshold = 0.7."})
 def tune(
     model: EarlyExitModel,
     data: Any,

@@ -34,6 +34,11 @@ def test_tuning_sets_thresholds_that_meet_the_target_when_the_model_is_run(train
     assert found.fidelity_drop == pytest.approx((out.logits.argmax(1) != bare).double().mean().item())
 
 
+def test_whoever_gives_tune_a_threshold_is_told_how_one_is_set():
+    with pytest.raises(PteeError, match=r"^tune\(\) has no argument 'threshold'\. .*model\.threshold = 0\.7\.$"):
+        ptee.tune(made(), TensorDataset(*labelled()), threshold=0.7)
+
+
 @pytest.mark.parametrize("target", [{}, {"max_cost": 0.001}, {"max_drop": 0.1, "max_cost": 0.5}], ids=str)
 def test_a_target_that_is_refused_leaves_the_thresholds_as_they_were(target):
     model = made()
