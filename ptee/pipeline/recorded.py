@@ -200,7 +200,8 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tu
         raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
     if overwrite:
         return out
-    goes_on = ("an interrupted training; ", Argument("resume", "True"), " goes on with it")
+    what = "a run that lacks its results" if is_run(out) else "an interrupted training"
+    goes_on = (f"{what}; the same settings with ", Argument("resume", "True"), " go on with it")
     found = (f"{out} holds ", *(goes_on if unfinished else ("a run",)), ". Give another folder with ", OUT)
     raise RunError(*found, ", or replace it with ", Argument("overwrite", "True"), ".", argument="out", value=out)
 

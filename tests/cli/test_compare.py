@@ -57,7 +57,9 @@ def test_runs_that_take_other_images_are_refused_at_once_with_what_differs(run, 
     edited("other", lambda config: config["results"]["data"].update(source="elsewhere"))
     monkeypatch.setitem(sys.modules, "ptee.pipeline.saved_run", None)
     done = run(command[0], finished, *command[1:])
-    assert_refused(done, r"^other takes images of another mean and std than out: mean \(0\.25, 0\.5, 0\.5\), not \(0\.485,")
+    assert_refused(
+        done, r"^other takes images of another mean and std than out: mean \(0\.25, 0\.5, 0\.5\), not \(0\.485,"
+    )
 
 
 def test_a_comparison_is_drawn_on_a_page_where_one_is_asked_for(run, finished):

@@ -119,7 +119,14 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(evil, tmp_path, monkey
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("my curve.png", 'such as out="my curve.html"'), ("curve.png", 'such as out="curve.html"'), ("folder.html", "is a folder")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my curve.png", 'such as out="my curve.html"'),
+        ("curve.png", 'such as out="curve.html"'),
+        ("folder.html", "is a folder"),
+    ],
+)
 def test_a_file_that_cannot_be_a_page_is_refused(tmp_path, name, words):
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(RunError, match=words):
