@@ -10,7 +10,7 @@ import click
 from cloup import command, option
 
 from ptee._common.errors import Interrupted
-from ptee._common.text import printable, quoted, with_run
+from ptee._common.text import printable, with_run
 from ptee._common.writing import require_writable
 from ptee.cli import options
 from ptee.cli.checks import require_recipes
@@ -68,7 +68,7 @@ def augment(**o: Any) -> None:
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
     new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
     from ptee._common.devices import require_launch, resolve_device
-    from ptee.pipeline.demo import demo
+    from ptee.pipeline.demo import another_threshold, demo
     from ptee.pipeline.fit import Job, fit_backbone
 
     o["device"] = resolve_device(o["device"])
@@ -94,7 +94,7 @@ def augment(**o: Any) -> None:
     try:
         name_others(backbone)
         if not is_random and len(model.off) < len(model.exits):
-            click.echo(f"Another threshold: ptee evaluate {quoted(folder)} --threshold 0.7")
+            click.echo(another_threshold(model, folder))
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: the run in {folder} is complete.") from why
 

@@ -214,7 +214,8 @@ def tune_run(
         results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: {folder} is as it was, with the thresholds that it had.") from why
-    results = replace(results, outcome=describe_outcome(found, results.to_dict())[0])
+    outcome, missed = describe_outcome(found, results.to_dict())
+    results = replace(results, outcome=outcome, loses_too_much=missed and target.kind != "max_cost")
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
     if not keep:

@@ -18,6 +18,7 @@ from ptee.backbones.load import load_backbone
 from ptee.cli import values as cli_values
 from ptee.evaluation import results as evaluation
 from ptee.pipeline import fit as fitting
+from ptee.pipeline.demo import another_threshold
 
 # ---------------------------------------------------------------------------------------------------- a run
 
@@ -78,6 +79,14 @@ def test_augment_takes_every_way_of_learning(run, known):
     )
     assert done.status == 0, done.err
     assert "epoch 2/2" in done.out
+
+
+def test_the_other_threshold_that_is_suggested_lies_near_the_runs_own(finished):
+    model = ptee.load(finished)
+    model.threshold, model.off = [0.0316, 0.9], [1]
+    assert another_threshold(model, Path("my run")) == "Another threshold: ptee evaluate 'my run' --threshold 0.063"
+    model.threshold = 0
+    assert another_threshold(model, Path("out")).endswith("--threshold 0.7")
 
 
 @pytest.mark.parametrize("off", [[], [0], [0, 1]], ids=str)
