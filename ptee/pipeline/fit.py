@@ -22,7 +22,7 @@ from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.exits.config import LEARNED, require_confidence
+from ptee.exits.config import LEARNED, require_confidence, require_no_percentage
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
 from ptee.model import run_files
@@ -261,6 +261,7 @@ def checked_model(
     target = Target.of(recipe.thresholds, labelled)
     question = recipe.confidence.question
     require_confidence(recipe.confidence.name)
+    require_no_percentage(recipe.thresholds.threshold)
     if not labelled and question != "agrees":
         wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
         text = "The images have no labels for "

@@ -197,6 +197,7 @@ REFUSED = {
     "a shift of vectors": ([*R, "--head", "pool", "--set", "shift=4"], "shift=4 moves feature maps"),
     "thresholds for other exits": ([*R, "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
     "a threshold of NaN": ([*R, "--threshold", "0.5,nan"], "nan"),
+    "a threshold in percent": ([*R, "--threshold", 70], r"nobody leaves.*between 0 and 1: did you mean 0\.7\?$"),
     "a threshold of words": ([*R, "--threshold", "high"], "high"),
     "a threshold and a target": ([*R, "--threshold", 0.5, "--max-drop", 0.1], "--threshold 0.5 and --max-drop 0.1 are given"),
     "a drop above 1": ([*R, "--max-drop", 2], "--max-drop 2 must be below 1"),

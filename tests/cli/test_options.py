@@ -169,6 +169,7 @@ def test_an_unknown_recipe_names_the_nearest(run):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--threshold", "70,0.8"], "did you mean 0.7,0.8?"),
         (["--threshold", "70%"], "--threshold 70% must be a number, or a list. Did you mean 0.7?"),
         (["--input-size", "8x8"], "'8x8' is not a number or a list of numbers separated by commas, such as 3,224,224"),
         (["--input-size", "16,16"], "16,16.*3,224,224"),
