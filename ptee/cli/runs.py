@@ -67,6 +67,8 @@ def evaluate(run: str, **o: Any) -> None:
         anew = f"To choose anew, also which exits are on: ptee tune {quoted(run)} --max-fidelity-drop 0.01"
         text = f"{which} off in {run}: --threshold changes nothing there. {anew}"
         click.echo(text, err=True)
+    if how_of(o).get("speed"):
+        click.echo(f"{results.about_speed(opened.model)}\n", err=o["as_json"])
     with opened.at_work():
         found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **how_of(o))
     show(found, o)

@@ -21,7 +21,7 @@ from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
-from ptee.evaluation.results import SPEED_SECONDS, evaluate
+from ptee.evaluation.results import SPEED_SECONDS, about_speed, evaluate
 from ptee.exits.config import LEARNED, require_confidence, require_no_percentage
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
@@ -396,6 +396,8 @@ def _measure(
     model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job, lacking: str
 ) -> None:
     images, words = report
+    if job.speed:
+        job.log(f"\n{about_speed(model, job.speed_seconds)}")
     how: dict[str, Any] = {"speed": job.speed, "speed_seconds": job.speed_seconds, "about": words}
     results = evaluate(model, images, **how, **_batches(recipe, job))
     doubts = hardly_learned(results, model.num_classes, recipe)

@@ -29,7 +29,7 @@ from ptee.data.splits import (
 from ptee.evaluation.class_order import labels_as_recorded
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
-from ptee.evaluation.results import evaluate
+from ptee.evaluation.results import about_speed, evaluate
 from ptee.exits.blend import BLENDED, Blend
 from ptee.exits.times import BatchTimes
 from ptee.model import card, saving
@@ -211,6 +211,8 @@ def tune_run(
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     try:
         report, words, found = choose_thresholds(model, opened.unseen, target, wanted, log=log, times=times, **how)
+        if speed:
+            log(f"\n{about_speed(model)}")
         results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: {folder} is as it was, with the thresholds that it had.") from why
