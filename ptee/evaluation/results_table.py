@@ -186,7 +186,7 @@ all leave at exit n: the heads before it that are on run, too.
 accuracy: share of the answers that are the label.
 fidelity: share of the answers that are the backbone's.
 cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
-T: an image leaves at the first exit whose confidence is at least T. off: no image leaves there.
+T: an image leaves at the first exit whose confidence is at least T. off: no image leaves there; never: none does, but its head runs.
 leave here: share of the images that leave at this exit when the model runs.
 of these right: share of those images whose answer is {right}.
 AUROC: the chance that the confidence is higher for a right answer than for a wrong one; 0.5 is chance, 1 is perfect.
