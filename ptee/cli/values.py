@@ -83,6 +83,19 @@ def require_model(o: dict[str, Any]) -> None:
         require_place(o["data"])
 
 
+def require_names(o: dict[str, Any]) -> None:
+    """Refuse a model, a data set or a device that there is not. It takes the time to import torch and timm, no more."""
+    from ptee._common.devices import resolve_device
+    from ptee.backbones.load import find_model
+    from ptee.data.sources import require_source
+
+    resolve_device(o["device"])
+    if o["model"] is not None:
+        find_model(o["model"])
+    if o["data"] is not None:
+        require_source(o["data"])
+
+
 def backbone_of(o: dict[str, Any]) -> Any:
     """The model of --model. Data that are not there are refused first, because its weights may have to be downloaded."""
     require_model(o)

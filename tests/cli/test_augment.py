@@ -303,6 +303,12 @@ def test_a_folder_with_something_else_in_it_is_left_alone(name, run, known):
 def test_an_earlier_run_is_left_alone(run, known, finished):
     before = files(finished)
     assert_refused(run("augment", *known, *SHORT, "--out", finished), "out holds a run.*--overwrite")
+    for mistake, said in (
+        (("--model", "resnet5000"), "'resnet5000'"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--data", "CIFAR11"), "CIFAR11"),
+    ):
+        assert_refused(run("augment", *known, *SHORT, *mistake, "--out", finished), said)
     assert files(finished) == before
 
 
