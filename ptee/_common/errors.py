@@ -33,10 +33,16 @@ ENDED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument that a message asks the user to give, as Python names it. Without a value it is named alone."""
+    """An argument that a message asks the user to give, as Python writes it. Without a value it is named alone."""
 
     name: str
     value: str = ""
+
+    @classmethod
+    def text(cls, name: str, value: object) -> Argument:
+        """An argument whose value is a text, such as a path. Python needs quotes around it."""
+        words = str(value)
+        return cls(name, f'"{words}"' if {'"', "\\"}.isdisjoint(words) else repr(words))
 
     def __str__(self) -> str:
         return f"{self.name}={self.value}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +78,15 @@ def subfolders(folder: Path) -> list[Path]:
     entries = _entries(folder)
     # of a link that leads to itself, an entry cannot say whether it is a folder
     return [path for e in entries if (path := Path(e.path)) and (path.is_dir() if e.is_symlink() else e.is_dir())]
+
+
+def is_one_of_several(folder: Path, holds: Callable[[Path], bool]) -> bool:
+    """Whether the folder above has two folders or more, this one among them, and each holds such files, as class folders do."""
+    try:
+        beside = subfolders(folder.parent)
+        return len(beside) > 1 and all(any(map(holds, visible(path))) for path in beside)
+    except DataError:  # one that may not be read
+        return False
 
 
 def refuse_broken_link(path: Path) -> None:

@@ -16,6 +16,7 @@ Item = TypeVar("Item")
 Log = Callable[[str], None]  # gets the messages to the user
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 10.0, 25.0
 LINE = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, {remaining} left"
+LINE_AT_FIRST = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}"  # while it is not known how long one thing takes
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} done in {elapsed}"
 
 
@@ -81,11 +82,11 @@ class LogLines(Generic[Item]):
             writer.join()
 
     def _write_lines(self, over: threading.Event) -> None:
-        form = LINE if self.total else LINE_WITHOUT_TOTAL
         total: Any = self.total or None
         wait = min(self.seconds, SECONDS_TO_FIRST_LINE)
         while not over.wait(wait):
             wait = self.seconds
+            form = (LINE if self.done else LINE_AT_FIRST) if self.total else LINE_WITHOUT_TOTAL
             elapsed = time.monotonic() - self.start
             line = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
             tqdm.write(line, file=sys.stderr)

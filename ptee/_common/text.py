@@ -44,13 +44,18 @@ def number_of(n: int, what: str, verb: str = "", *, which: str = "") -> str:
     return f"{n:,} {what}{which} {verb}".rstrip() if n == 1 else f"{n:,} {what}s{which}{VERBS[verb]}"
 
 
-def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
-    """T of each exit for a person to read; one number if all are the same.
+def threshold_words(threshold: Sequence[float], off: Sequence[int] = ()) -> list[str]:
+    """T of each exit for a person to read. off: no image leaves there, and its head does not run; never: no image does, but it runs."""
+    return ["off" if n in off else "never" if t > 1 else f"{t:.4g}" for n, t in enumerate(threshold)]
 
-    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1])
-    '0.9, off, 0.8'
+
+def describe_thresholds(threshold: Sequence[float], off: Sequence[int] = ()) -> str:
+    """The same in one text; one word if all are the same.
+
+    >>> describe_thresholds([0.9, 2.0, 0.8], off=[1]), describe_thresholds([0.9, 2.0, 0.8])
+    ('0.9, off, 0.8', '0.9, never, 0.8')
     """
-    words = ["off" if n in off else f"{t:.4g}" for n, t in enumerate(threshold)]
+    words = threshold_words(threshold, off)
     return words[0] if len(set(words)) == 1 else ", ".join(words)
 
 

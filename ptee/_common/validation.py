@@ -98,12 +98,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return checked_with()(function)
 
 
-def checked_with(also: Iterable[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`checked` for a function that takes arguments of these names besides, by **."""
-    return lambda function: _checked(function, also)
+def checked_with(
+    also: Iterable[str] = (), instead: Mapping[str, str] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`checked` for a function that takes arguments of the names `also` besides, by **. `instead`: as of `require_arguments`."""
+    return lambda function: _checked(function, also, instead or {})
 
 
-def _checked(function: Callable[P, R], also: Iterable[str]) -> Callable[P, R]:
+def _checked(function: Callable[P, R], also: Iterable[str], instead: Mapping[str, str]) -> Callable[P, R]:
     names = list(inspect.signature(function).parameters)
     kinds: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
@@ -113,7 +115,7 @@ def _checked(function: Callable[P, R], also: Iterable[str]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        require_arguments(function, kwargs, also=also)
+        require_arguments(function, kwargs, also=also, instead=instead)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         try:
             arguments(**{name: value for name, value in given.items() if name in kinds})
@@ -144,11 +146,16 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def require_arguments(
-    function: Callable[..., Any], given: Iterable[str], called: str = "", also: Iterable[str] = ()
+    function: Callable[..., Any],
+    given: Iterable[str],
+    called: str = "",
+    also: Iterable[str] = (),
+    instead: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse names that a function has no arguments for; the nearest one is named. `called`: what the user calls it.
 
-    `also`: what it takes besides, by **. Without them, a function that takes any name is not looked at.
+    `also`: what it takes besides, by **. Without them, a function that takes any name is not looked at. `instead`: sentences that say what
+    to type in place of arguments that it does not have.
 
     >>> require_arguments(round, ["digits"])
     Traceback (most recent call last):
@@ -162,7 +169,8 @@ def require_arguments(
     for name in given:
         if name not in known:
             like = [each for each in known if ("." in each) == ("." in name)]  # the path of a setting is near paths
-            text = f"{called or function.__name__}() has no argument {name!r:.60}.{possible(name, like)}"
+            told = f" {instead[name]}" if instead and name in instead else possible(name, like)
+            text = f"{called or function.__name__}() has no argument {name!r:.60}.{told}"
             raise UnknownName(text, argument=name)
 
 

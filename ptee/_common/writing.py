@@ -69,13 +69,13 @@ def cannot_write(path: Path, reason: str, remedy: str = ANOTHER_FOLDER) -> RunEr
 def require_name(path: Path, suffixes: Sequence[str], argument: str, what: str) -> None:
     """Refuse a file that cannot be written, or whose name does not say what it is."""
     if path.is_dir():
-        example = Argument(argument, str(path / f"report{suffixes[0]}"))
+        example = Argument.text(argument, path / f"report{suffixes[0]}")
         raise RunError(f"{path} is a folder. Give a file, such as ", example, ".", argument=argument, value=path)
     if path.suffix.lower() not in suffixes:
         ends = " or ".join(suffixes)
         raise RunError(
             f"{path} is not the name of {what}. Give a name that ends in {ends}, such as ",
-            Argument(argument, f"{path.stem}{suffixes[0]}"), ".", argument=argument, value=path,
+            Argument.text(argument, f"{path.stem}{suffixes[0]}"), ".", argument=argument, value=path,
         )  # fmt: skip
     require_writable(path.parent)
 

@@ -63,6 +63,18 @@ class InputConfig:
     interpolation: str = "bicubic"
 
 
+def require_alike(name: str, other: Any, first: str, one: Any) -> None:
+    """Refuse to compare networks by name that take images of another size, mean or std. `other` and `one` say which they take."""
+    fields = {"size": "input_size", "mean": "mean", "std": "std"}
+    pairs = {what: [tuple(getattr(images, field)) for images in (other, one)] for what, field in fields.items()}
+    if not (unlike := {what: pair for what, pair in pairs.items() if pair[0] != pair[1]}):
+        return
+    values = "; ".join(f"{what} {own}, not {wanted}" for what, (own, wanted) in unlike.items())
+    raise PteeError(
+        f"{name} takes images of another {' and '.join(unlike)} than {first}: {values}. Compare models that take the same images."
+    )
+
+
 @dataclass(frozen=True)
 class Known:
     """What a library knows of one of its modules."""

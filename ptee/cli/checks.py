@@ -16,12 +16,13 @@ MOST_RECIPES = 1000  # of a sweep, which has no more runs
 
 
 def require_recipe(recipe: Any) -> None:
-    """Refuse names of heads and confidences that there are not, and another number of them than of exits that are named."""
-    from ptee.exits.config import AUTO, require_confidence, wrong_number
+    """Refuse names of heads and confidences that there are not, thresholds in percent, and another number of them than of exits that are named."""
+    from ptee.exits.config import AUTO, require_confidence, require_no_percentage, wrong_number
     from ptee.exits.head_spec import as_list, one_each, parse_head
 
     exits, threshold = recipe.exits, recipe.thresholds.threshold
     require_confidence(recipe.confidence.name)
+    require_no_percentage(threshold)
     for name in [] if exits.head is None else as_list(exits.head):
         parse_head(name)
     named = exits.front not in (None, AUTO)
@@ -102,7 +103,7 @@ def executors_of(o: Mapping[str, Any]) -> list[str] | None:
 def require_export(o: Mapping[str, Any]) -> None:
     """Refuse a folder that is not free, and options of whole numbers that do not go together."""
     if o["int8"] and o["format"] != "onnx":
-        instead = Argument("format", "onnx")
+        instead = Argument.text("format", "onnx")
         raise PteeError("Whole numbers are for ONNX Runtime. Give ", instead, ".", argument="format", value=o["format"])
     if o["int8"] and not o["calibrate"]:
         text = "What values can be is measured on images. Give some that the heads were not trained on: "

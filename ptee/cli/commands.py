@@ -9,8 +9,8 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.errors import Interrupted
-from ptee._common.text import printable, quoted, with_run
+from ptee._common.errors import Interrupted, RunError
+from ptee._common.text import printable, with_run
 from ptee._common.writing import require_writable
 from ptee.cli import options
 from ptee.cli.checks import require_recipes
@@ -31,10 +31,12 @@ from ptee.cli.values import (
     refuse_without_model,
     remark_on,
     require_model,
+    require_names,
     require_places,
     show,
     untrained,
 )
+from ptee.model.run_files import is_run
 from ptee.pipeline.recorded import new_folder
 from ptee.training.tracking import require_tracker
 
@@ -66,9 +68,14 @@ def augment(**o: Any) -> None:
         require_model(o)
     require_tracker(o["log"])
     folder = o["out"] or Path("runs") / file_name(o["model"] or recipe.name)
-    new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
+    try:
+        new_folder(folder, overwrite=o["overwrite"], resume=o["resume"])
+    except RunError:
+        if is_run(folder):
+            require_names(o)  # else whoever gives another folder is refused again
+        raise
     from ptee._common.devices import require_launch, resolve_device
-    from ptee.pipeline.demo import demo
+    from ptee.pipeline.demo import another_threshold, demo
     from ptee.pipeline.fit import Job, fit_backbone
 
     o["device"] = resolve_device(o["device"])
@@ -94,7 +101,7 @@ def augment(**o: Any) -> None:
     try:
         name_others(backbone)
         if not is_random and len(model.off) < len(model.exits):
-            click.echo(f"Another threshold: ptee evaluate {quoted(folder)} --threshold 0.7")
+            click.echo(another_threshold(model, folder))
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: the run in {folder} is complete.") from why
 

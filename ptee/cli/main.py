@@ -151,6 +151,12 @@ def _as_setting(error: click.NoSuchOption) -> str:
         return (
             f"tune chooses thresholds. One of your own is measured by {MEASURE_AT}, and kept in Python: {SET_THRESHOLD}"
         )
+    if command and command.name == "serve" and name == "threshold":
+        return (
+            f"A request may bring its own, as /predict?threshold=0.7. That of a run is set in Python: {SET_THRESHOLD}"
+        )
+    if command and command.name == "sweep" and name == "recipe":
+        return "The recipe is the first word: ptee sweep RECIPE --over NAME=VALUE,VALUE"
     if not options & {"--set", "--over"}:
         of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
         return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""

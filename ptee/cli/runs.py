@@ -10,7 +10,7 @@ import click
 from cloup import command, option
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import quoted, with_run
+from ptee._common.text import quoted, threshold_words, with_run
 from ptee._common.writing import require_name, require_page, write_text
 from ptee.cli import options
 from ptee.cli.checks import executors_of, require_export, require_times, require_timing
@@ -67,6 +67,8 @@ def evaluate(run: str, **o: Any) -> None:
         anew = f"To choose anew, also which exits are on: ptee tune {quoted(run)} --max-fidelity-drop 0.01"
         text = f"{which} off in {run}: --threshold changes nothing there. {anew}"
         click.echo(text, err=True)
+    if how_of(o).get("speed"):
+        click.echo(f"{results.about_speed(opened.model)}\n", err=o["as_json"])
     with opened.at_work():
         found = results.evaluate(opened.model, images, threshold=o["threshold"], about=words, **how_of(o))
     show(found, o)
@@ -99,8 +101,7 @@ def tune(run: str, dry_run: bool, **o: Any) -> None:
 
     log(f"{opened.words} {opened.accuracy}")
     before = opened.decided
-    now = ["off" if n in opened.model.off else f"{t:.4f}" for n, t in enumerate(opened.model.threshold)]
-    log(f"Thresholds until now: {', '.join(now)}.")
+    log(f"Thresholds until now: {', '.join(threshold_words(opened.model.threshold, opened.model.off))}.")
     with opened.at_work():
         results = tune_run(opened, recipe, log=log, explain=o["explain"], keep=not dry_run, **how_of(o))
     kept = f"{run} is as it was: --dry-run keeps nothing." if dry_run else f"The thresholds are kept in {run}."

@@ -143,3 +143,5 @@ def cache(run: str, **o: Any) -> None:
 
     with _goes_on(o["overwrite"]):
         write(run, limit=int(o["limit"] * 2**30), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH})
+    train = f"model = ptee.load({run!r}); ptee.train(model, ptee.open_cache({str(o['out'])!r}))"
+    click.echo(f"Train on it in Python: {train}; model.save_pretrained('trained')")

@@ -57,11 +57,13 @@ def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: A
     `images`: those of the runs are wanted, if none are given. `exported`: an exported model will do.
     """
     from ptee.deploy.manifest import is_exported, read_manifest
-    from ptee.pipeline.recorded import require_openable
+    from ptee.pipeline.recorded import require_openable, require_same_input
 
     for name in ("data", "data_root", "classes") if o.get("traces") else ():
         if o[name]:
             raise PteeError(Argument(name), " is about images, and traces are given in their place. Leave it out.")
+    if len(runs) > 1:
+        require_same_input(runs)
     for run in runs:
         if exported and is_exported(run):
             exits = len(read_manifest(Path(run)).exits)
@@ -75,10 +77,23 @@ def require_runs(*runs: str, images: bool = True, exported: bool = False, **o: A
 def require_model(o: dict[str, Any]) -> None:
     """Refuse a command without --model, and one whose --data is no place of images, before anything heavy is imported."""
     if o["model"] is None:
-        example = Argument("model", "resnet50")
+        example = Argument.text("model", "resnet50")
         raise PteeError("Which model? Give ", GIVE_MODEL, ", such as ", example, ".", argument="model")
     if o.get("data") is not None:
         require_place(o["data"])
+
+
+def require_names(o: dict[str, Any]) -> None:
+    """Refuse a model, a data set or a device that there is not. It takes the time to import torch and timm, no more."""
+    from ptee._common.devices import resolve_device
+    from ptee.backbones.load import find_model
+    from ptee.data.sources import require_source
+
+    resolve_device(o["device"])
+    if o["model"] is not None:
+        find_model(o["model"])
+    if o["data"] is not None:
+        require_source(o["data"])
 
 
 def backbone_of(o: dict[str, Any]) -> Any:
@@ -174,7 +189,7 @@ def refuse_without_model(o: dict[str, Any]) -> None:
 def refuse_about_model(run: str, o: dict[str, Any]) -> None:
     """Refuse options that are about a model where a run is given."""
     if o["model"] is not None:
-        raise PteeError(f"Both the run {run} and ", Argument("model", o["model"]), " are given. Give one of them.")
+        raise PteeError(f"Both the run {run} and ", Argument.text("model", o["model"]), " are given. Give one of them.")
     given = [name for name in ("num_classes", "model_args", "input_size", "recipe") if o[name]]
     given += ["pretrained"] * (not o["pretrained"]) + list(given_settings(o))
     if given:

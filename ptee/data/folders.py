@@ -21,6 +21,7 @@ from ptee._common.files import packed_by
 from ptee._common.listing import (
     LAYOUTS,
     is_hidden,
+    is_one_of_several,
     not_listed,
     refuse_broken_link,
     subfolders,
@@ -306,10 +307,9 @@ def _two_classes(one: Path, other: Path) -> DataError:
 
 def _refuse_no_images(folder: Path, found: _Part) -> None:
     if any(map(_is_picture, visible(folder))):
-        raise DataError(
-            f"The images of '{folder}' lie in no class folder. If they have no labels, move them into a single one: "
-            f"{folder / 'all'}."
-        )
+        meant = f" Did you mean the folder above: {folder.parent}?" * is_one_of_several(folder, _is_picture)
+        alone = f" If they have no labels, move them into a single one: {folder / 'all'}."
+        raise DataError(f"The images of '{folder}' lie in no class folder.{meant}{alone}")
     archives = [path.name for path in visible(folder) if path.suffix.lower() in ARCHIVES]
     unpack = f" Unpack {some(archives)} first." if archives else ""
     kinds = _numbers(sum(found.others.values(), Counter()))

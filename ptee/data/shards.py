@@ -127,7 +127,7 @@ def _require_one_part(top: Path) -> None:
     if {"train"} < set(parts.values()):
         one = next(name for name, part in parts.items() if part != "train")
         text = f"{top} holds {some(list(parts))}. Heads learn from one part, and thresholds are chosen on another. Give one of them: "
-        raise DataError(text, Argument("data", str(top / one)), ".", argument="data")
+        raise DataError(text, Argument.text("data", top / one), ".", argument="data")
 
 
 def _beside(kind: str, files: Sequence[str]) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def _of_classes(top: Path) -> Source:
     places = sorted({Path(file.path.removesuffix(file.name)) for file in files})
     if len(places) > 1:
         text = f"{top} holds {some([place.name for place in places])}. Give one of them: "
-        raise DataError(text, Argument("data", str(places[0])), ".", argument="data")
+        raise DataError(text, Argument.text("data", places[0]), ".", argument="data")
     names = sorted(file.name for file in files)
     rest = tuple(words.removesuffix(f" of {part}") for words in listing.not_read for part in listing.parts)
     return _made(places[0], PICTURES, names, class_names=listing.class_names, not_read=rest)

@@ -31,7 +31,13 @@ class Way(NamedTuple):
 
 
 def bottom_line(
-    own: Way, rivals: Iterable[Way] = (), *, as_good: str = ACCURATE, speedup: float | None = None, where: str = ""
+    own: Way,
+    rivals: Iterable[Way] = (),
+    *,
+    as_good: str = ACCURATE,
+    speedup: float | None = None,
+    where: str = "",
+    loses_too_much: bool = False,
 ) -> str:
     """Why these early exits do not pay, in a sentence; empty if they do.
 
@@ -40,12 +46,14 @@ def bottom_line(
         rivals: a backbone that is cut off, a smaller network, a cascade.
         as_good: what one does that loses no more, in words.
         speedup: the bare backbone's time over that of the early exits, where it was measured, and `where` in words.
+        loses_too_much: more is lost than was allowed, so T cannot be lower.
     """
     if own.cost >= 1:
         because = f"{own.cost:.3f} times the bare backbone, because the heads cost more than leaving saves"
         if f"{own.cost:.3f}" == "1.000":
             because = "as much as the bare backbone, because leaving saves no more than the heads cost"
-        return f"Early exit does not pay: it costs {because}. Lower T, train longer, or use cheaper or fewer heads."
+        advice = "Train longer" if loses_too_much else "Lower T, train longer"
+        return f"Early exit does not pay: it costs {because}. {advice}, or use cheaper or fewer heads."
     rivals = [way for way in rivals if way.cost <= own.cost + ROUNDING and way.lost <= own.lost + ROUNDING]
     if rivals:
         best = min(rivals, key=lambda way: (way.lost, way.cost))

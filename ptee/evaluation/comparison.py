@@ -23,6 +23,7 @@ from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import one_parameter, running_on
 from ptee.analysis.macs import count
+from ptee.backbones.library import require_alike
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import answering_hash
 from ptee.data.batches import batches, same_images
@@ -200,16 +201,8 @@ def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:
                 f"{name} has another backbone ({other.origin.name}, weights {found[:16]}) than {first} "
                 f"({one.origin.name}, weights {own[:16]}). Compare models of one backbone."
             )
-        if _input(other) != _input(one):
-            raise PteeError(
-                f"{name} takes images of another size, mean or deviation than {first}. Compare models that take the same images."
-            )
+        require_alike(name, other.origin.input, first, one.origin.input)
     return one
-
-
-def _input(model: EarlyExitModel) -> list[tuple[float, ...]]:
-    images = model.origin.input
-    return [tuple(images.input_size), tuple(images.mean), tuple(images.std)]
 
 
 def smaller_network(name: str, given: str | nn.Module | Backbone, model: EarlyExitModel) -> Backbone:

@@ -59,7 +59,7 @@ def evaluate(
         batch_size: for a data set.
         num_workers: processes that load a data set.
         device: None: where the model is.
-        speed: measure images per second. None: unless the data are recorded traces.
+        speed: measure images per second, if an exit is on. None: unless the data are recorded traces.
         speed_seconds: about how long that may take; four rounds are timed in any case.
         about: a sentence about the data, kept with the results.
 
@@ -80,7 +80,7 @@ def evaluate(
         traces = record(view, data, batch_size=batch_size, num_workers=num_workers, logits=False)
         rows, leaving = _rows(view, traces)
         images, differ = traces.sample.to(place), 0.0
-        if speed or (speed is None and recorded(data) is None):
+        if len(view.off) < len(view.exits) and (speed or (speed is None and recorded(data) is None)):
             with sparing(view.backbone, images):
                 images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
                 rows, differ = _timed(view, images, rows, batch_size, speed_seconds)
@@ -92,6 +92,16 @@ def evaluate(
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
+
+
+def about_speed(model: EarlyExitModel, seconds: float = SPEED_SECONDS) -> str:
+    """What to say before the speed of a model is measured, in a sentence."""
+    if len(model.off) == len(model.exits):
+        return "Speed is not measured: no exit is on, so it is that of the bare backbone."
+    return (
+        f"Speed is measured for about {seconds:g} seconds, on a slow machine for minutes. --no-speed (in Python: speed=False) "
+        "leaves it out."
+    )
 
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:

@@ -72,6 +72,7 @@ class Results:
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
+        loses_too_much: more is lost on these data than that target allows.
         asked: what the calibrated confidence is the probability of, which the calibration error is about: "the backbone's answer", or
             empty if that is what is right.
         by_time: the thresholds were chosen by seconds.
@@ -93,6 +94,7 @@ class Results:
     truncation: tuple[Score, ...] = ()
     off: tuple[int, ...] = ()
     outcome: str = ""
+    loses_too_much: bool = False
     asked: str = ""
     for_fidelity: bool = False
     by_time: bool = False
@@ -184,7 +186,7 @@ all leave at exit n: the heads before it that are on run, too.
 accuracy: share of the answers that are the label.
 fidelity: share of the answers that are the backbone's.
 cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
-T: an image leaves at the first exit whose confidence is at least T. off: no image leaves there.
+T: an image leaves at the first exit whose confidence is at least T. off: no image leaves there; never: none does, but its head runs.
 leave here: share of the images that leave at this exit when the model runs.
 of these right: share of those images whose answer is {right}.
 AUROC: the chance that the confidence is higher for a right answer than for a wrong one; 0.5 is chance, 1 is perfect.
@@ -254,7 +256,8 @@ def _collapsed(results: Results) -> str:
     share, n = max((share, n) for n, share in enumerate(results.leaving[:-1]))
     if share <= COLLAPSED:
         return ""
-    return f"{share:.0%} of the images leave at {_exit(results, n)}: this is a shorter network, not an adaptive one. Raise T, or choose T for a smaller loss."
+    chosen = "Choose T for a smaller loss." if results.threshold[n] <= 0 else "Raise T, or choose T for a smaller loss."
+    return f"{share:.0%} of the images leave at {_exit(results, n)}: this is a shorter network, not an adaptive one. {chosen}"
 
 
 def _differs(results: Results) -> str:
@@ -279,10 +282,12 @@ def _bottom_line(results: Results) -> str:
     cut_off = [
         Way(f"The backbone cut off at {_exit(results, n)}, with no other heads,", s.cost, lost(s), _numbers(s))
         for n, s in enumerate(results.truncation)
+        if not (results.leaving[n] == 1 and {*range(n)} <= {*results.off})  # that is what this model is
     ]
     where = f"on {results.device} in batches of {results.batch_size}"
     as_good = FAITHFUL if faithful else ACCURATE
-    return bottom_line(Way("", own.cost, lost(own)), cut_off, as_good=as_good, speedup=row.speedup, where=where)
+    more: dict[str, Any] = {"speedup": row.speedup, "where": where, "loses_too_much": results.loses_too_much}
+    return bottom_line(Way("", own.cost, lost(own)), cut_off, as_good=as_good, **more)
 
 
 def _numbers(score: Score) -> str:

@@ -181,6 +181,12 @@ def doubt(threshold: Sequence[float] | None) -> str | None:
     return f"T above 1: nobody leaves{at}. A confidence lies between 0 and 1: did you mean {meant}?"
 
 
+def require_no_percentage(threshold: float | Sequence[float] | None) -> None:
+    """Refuse thresholds that were meant as percentages, before a training after which nobody would leave."""
+    if words := doubt([threshold] if isinstance(threshold, int | float) else threshold):
+        raise PteeError(words, argument="threshold", value=threshold)
+
+
 def remark(threshold: Sequence[float] | None) -> str | None:
     """The same, or a sentence about thresholds at which every image leaves at exit 0, or none leaves."""
     if threshold and min(threshold) > 1:

@@ -366,7 +366,7 @@ def _named_otherwise(named: Sequence[Any], asked: int) -> CutError:
         f"{n} exit{'s are' if n != 1 else ' is'} named ({names}), {asked} {'are' if asked != 1 else 'is'} asked for."
     )
     text = f"{given} Leave the number out, or give a placement: "
-    return CutError(text, Argument("exits", "pareto"), ".", argument="num_exits", value=asked)
+    return CutError(text, Argument.text("exits", "pareto"), ".", argument="num_exits", value=asked)
 
 
 def _as_number(wanted: list[Any]) -> Advice:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptee._common.text import number_of, printable
+from ptee._common.text import number_of, printable, threshold_words
 from ptee.model.run_files import CARD
 
 OWN = "<!-- Written by ptee, and again whenever the run changes. Delete this line to keep a text of your own. -->"
@@ -120,7 +120,7 @@ def _other_settings(model: Any, results: Mapping[str, Any]) -> str:
 
 
 def _thresholds(values: Sequence[float], off: Collection[int]) -> str:
-    return ", ".join("off" if n in off else f"{t:.4g}" for n, t in enumerate(values))
+    return ", ".join(threshold_words(values, tuple(off)))
 
 
 def _settings(model: Any, results: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ from ptee.model.forward import (
     running,
     widest_type,
 )
-from ptee.model.images import require_device, require_images, require_values, wrong_size, wrong_type
+from ptee.model.images import detached, require_device, require_images, require_values, wrong_size, wrong_type
 from ptee.model.production import InProduction, unseen
 from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
 
@@ -336,7 +336,7 @@ class EarlyExitModel(
     def require_ready(self, x: Tensor) -> None:
         """Check the images, and restore what was done to the backbone without this model."""
         if self.detached:
-            raise PteeError("This model was detached from its backbone. Hang new exits on it with ptee.augment.")
+            raise detached()
         require_images(x, self.plan.input_size[0])
         require_device(x, next(self.heads.parameters()).device)
         self._hold.keep()
@@ -437,7 +437,7 @@ class EarlyExitModel(
 
 
 def require_early_exit(model: Any) -> None:
-    """Refuse what is no early-exit model, naming what it is."""
+    """Refuse what is no early-exit model, naming what it is; and one that was detached."""
     if isinstance(getattr(model, "model", None), EarlyExitModel):  # as in what ptee.optimize made
         raise PteeError(f"This is of type {type(model).__name__}, and the early-exit model is its .model. Give that.")
     if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
@@ -445,3 +445,5 @@ def require_early_exit(model: Any) -> None:
         raise PteeError(
             f"This is {kind} {type(model).__name__}, not an early-exit model. Give what ptee.augment or ptee.load returned."
         )
+    if getattr(model, "_orig_mod", model).detached:
+        raise detached()

@@ -1,4 +1,4 @@
-"""Checks of the images that a model is given. `predict`, training and evaluation refuse the same ones, in the same words."""
+"""Checks of a model that is to run, and of the images that it is given. `predict`, training and evaluation refuse the same ones, in the same words."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ptee._common.errors import PteeError
 from ptee._common.text import type_name
 from ptee.data.batches import odd_tensor, require_plain
+
+
+def detached() -> PteeError:
+    """The error where a model that gave its backbone back is to run."""
+    text = "This model was detached from its backbone. Load it again from where it was saved (ptee.load), or make new exits: "
+    return PteeError(f"{text}ptee.augment(backbone, ...).")
 
 
 def require_images(x: Any, channels: int) -> None:

@@ -55,6 +55,8 @@ def for_each_row(threshold: Thresholds, exits: int, rows: int, device: torch.dev
 def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
     """The numbers of some exits, given as one or several. Refuses a number that is no exit or is given twice."""
     try:
+        if isinstance(value, str):  # else a list of its letters
+            raise TypeError("a text")
         given = [value] if isinstance(value, int) else list(value)
     except TypeError:
         words = (

@@ -21,8 +21,8 @@ from ptee._common.validation import checked_with
 from ptee.backbones.load import Backbone, load_backbone, rebuild
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
-from ptee.evaluation.results import SPEED_SECONDS, evaluate
-from ptee.exits.config import LEARNED, require_confidence
+from ptee.evaluation.results import SPEED_SECONDS, about_speed, evaluate
+from ptee.exits.config import LEARNED, require_confidence, require_no_percentage
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
 from ptee.model import run_files
@@ -261,6 +261,7 @@ def checked_model(
     target = Target.of(recipe.thresholds, labelled)
     question = recipe.confidence.question
     require_confidence(recipe.confidence.name)
+    require_no_percentage(recipe.thresholds.threshold)
     if not labelled and question != "agrees":
         wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
         text = "The images have no labels for "
@@ -395,13 +396,15 @@ def _measure(
     model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job, lacking: str
 ) -> None:
     images, words = report
+    if job.speed:
+        job.log(f"\n{about_speed(model, job.speed_seconds)}")
     how: dict[str, Any] = {"speed": job.speed, "speed_seconds": job.speed_seconds, "about": words}
     results = evaluate(model, images, **how, **_batches(recipe, job))
     doubts = hardly_learned(results, model.num_classes, recipe)
     odd = results.verdict + doubts
     if found is not None:
         outcome, missed = describe_outcome(found, results.to_dict())
-        results = replace(results, outcome=outcome)
+        results = replace(results, outcome=outcome, loses_too_much=missed and found.target.kind != "max_cost")
         odd += [outcome] * missed
     job.log("\n".join(["", *filter(None, [lacking]), *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()

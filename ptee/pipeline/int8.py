@@ -100,7 +100,11 @@ def export_int8(
     """
     if format != ONNX:
         raise PteeError(
-            "Whole numbers are for ONNX Runtime. Give ", Argument("format", ONNX), ".", argument="format", value=format
+            "Whole numbers are for ONNX Runtime. Give ",
+            Argument.text("format", ONNX),
+            ".",
+            argument="format",
+            value=format,
         )
     if not calibrate:
         text = "What values can be is measured on images. Give some that the heads were not trained on: "

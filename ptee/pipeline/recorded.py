@@ -6,7 +6,7 @@ A run may come from a stranger. So what it says of its data is checked before an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from ptee._common.errors import Argument, BackboneError, DataError, PteeError, R
 from ptee._common.files import as_path, is_file, is_folder
 from ptee._common.text import printable, quoted
 from ptee._common.writing import is_left_over, require_writable, settle
-from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_run, metrics_of, read_run, record_of
+from ptee.backbones.library import require_alike
+from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_run, metrics_of, read_config, read_run, record_of
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.tuning.config import TARGETS, no_target
 
@@ -68,6 +69,13 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> int:
     if images:
         recorded_images(run, config.results)
     return len(config.exits)
+
+
+def require_same_input(runs: Sequence[str]) -> None:
+    """Refuse to compare runs that take other images than the first: they would be opened first, which takes minutes."""
+    inputs = {run: read_config(run)[0].backbone.input for run in runs}
+    for run in runs[1:]:
+        require_alike(run, inputs[run], runs[0], inputs[runs[0]])
 
 
 def require_tunable(run: str, *, keep: bool = True) -> None:
@@ -192,7 +200,8 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tu
         raise RunError(f"{out} holds something else than a run. Give a new folder with ", OUT, ".", argument="out")
     if overwrite:
         return out
-    goes_on = ("an interrupted training; ", Argument("resume", "True"), " goes on with it")
+    what = "a run that lacks its results" if is_run(out) else "an interrupted training"
+    goes_on = (f"{what}; the same settings with ", Argument("resume", "True"), " go on with it")
     found = (f"{out} holds ", *(goes_on if unfinished else ("a run",)), ". Give another folder with ", OUT)
     raise RunError(*found, ", or replace it with ", Argument("overwrite", "True"), ".", argument="out", value=out)
 

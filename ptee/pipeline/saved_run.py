@@ -29,7 +29,7 @@ from ptee.data.splits import (
 from ptee.evaluation.class_order import labels_as_recorded
 from ptee.evaluation.comparison import compare
 from ptee.evaluation.comparison_table import Comparison
-from ptee.evaluation.results import evaluate
+from ptee.evaluation.results import about_speed, evaluate
 from ptee.exits.blend import BLENDED, Blend
 from ptee.exits.times import BatchTimes
 from ptee.model import card, saving
@@ -119,7 +119,7 @@ def open_run(
     named = not data and not Path(source).is_absolute()  # the whole path of a folder is recorded
     if named and source.startswith(f"{HUB}/"):
         text = f"{run} was made with {source}, which may have to be fetched. If you trust it, give it again: "
-        raise DataError(text, Argument("data", source), ".")
+        raise DataError(text, Argument.text("data", source), ".")
     found, labels = open_images(
         source,
         model.origin,
@@ -211,10 +211,13 @@ def tune_run(
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     try:
         report, words, found = choose_thresholds(model, opened.unseen, target, wanted, log=log, times=times, **how)
+        if speed:
+            log(f"\n{about_speed(model)}")
         results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     except KeyboardInterrupt as why:
         raise Interrupted(f"Interrupted: {folder} is as it was, with the thresholds that it had.") from why
-    results = replace(results, outcome=describe_outcome(found, results.to_dict())[0])
+    outcome, missed = describe_outcome(found, results.to_dict())
+    results = replace(results, outcome=outcome, loses_too_much=missed and target.kind != "max_cost")
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
     if not keep:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import number_of, table
+from ptee._common.text import number_of, table, threshold_words
 from ptee._common.validation import FrozenConfig, Name, Number, Whole
 from ptee.production.few_images import hidden
 
@@ -54,11 +54,6 @@ class Point(_Record):
     def lost(self) -> float:
         """Of accuracy; without labels, of fidelity."""
         return self.fidelity_drop if self.drop is None else self.drop
-
-    @property
-    def nobody_leaves_at(self) -> list[int]:
-        """The exits whose T no confidence reaches."""
-        return [n for n, t in enumerate(self.threshold) if t > 1]
 
     @property
     def price(self) -> float:
@@ -111,7 +106,11 @@ class Curve(_Record):
         first = self.points[0]
         known = [name for name in ("cost", "time_ms", "drop", "fidelity_drop") if getattr(first, name) is not None]
         rows = [
-            (*(f"{getattr(point, name):.4f}" for name in known), ", ".join(self._words(point))) for point in self.points
+            (
+                *(f"{getattr(point, name):.4f}" for name in known),
+                ", ".join(threshold_words(point.threshold, self.off)),
+            )
+            for point in self.points
         ]
         shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
         drop = "drop: how far accuracy will be below the backbone's. " * (first.drop is not None)
@@ -119,16 +118,9 @@ class Curve(_Record):
         time = f"time ms: of a batch {self.time_of.removeprefix(BARE_TIME)}. " * bool(self.time_of)
         return f"{shown}\nWhat is to be expected, from {number_of(self.images, 'image')}{hidden(self.images)}. {time}{drop}{differ}{self._legend_of_thresholds}"
 
-    def _words(self, point: Point) -> list[str]:
-        """T of each exit for a person to read."""
-        return [
-            "off" if n in self.off else "never" if n in point.nobody_leaves_at else f"{t:.4g}"
-            for n, t in enumerate(point.threshold)
-        ]
-
     @property
     def _legend_of_thresholds(self) -> str:
-        words = {word for point in self.points for word in self._words(point)}
+        words = {word for point in self.points for word in threshold_words(point.threshold, self.off)}
         off = "; off: its head does not run" * ("off" in words)
         never = "; never: no image leaves there, but its head runs" * ("never" in words)
         dear = f" {ABOVE_ONE}" * any(point.cost > 1 for point in self.points)

@@ -42,6 +42,18 @@ def too_few(images: int, limit: float, kind: str = "image") -> str:
     return f"{few} too few to show a loss of {limit:g} (that takes {needed:,}): expect to lose more on new ones."
 
 
+def too_few_for_cost(images: int) -> str:
+    """A sentence, if the mean cost of so many images may well be far from that of new ones; else empty. An image costs 0 to about 1.
+
+    >>> too_few_for_cost(40)
+    '40 images are few to know a mean cost: on new ones it may be up to 0.15 higher.'
+    """
+    if images >= images_needed(LARGE, UNSEEN):
+        return ""
+    few = number_of(images, "image", "is")
+    return f"{few} few to know a mean cost: on new ones it may be up to {1.96 * 0.5 / math.sqrt(images):.2g} higher."
+
+
 def hidden(images: int) -> str:
     """A part of a sentence on which loss may not show on so many images, after a comma; empty if it is small.
 

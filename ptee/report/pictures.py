@@ -19,7 +19,7 @@ def require_picture(path: Path) -> None:
     """Refuse a name that no figure can have, or a still picture where nothing can draw it."""
     require_name(path, PICTURES, "out", "a picture")
     if path.suffix.lower() in STILL:
-        require_kaleido(Argument("out", f"{path.stem}{PAGE}"))
+        require_kaleido(Argument.text("out", f"{path.stem}{PAGE}"))
 
 
 def require_kaleido(instead: Argument | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
-from ptee._common.text import number_of, quoted
+from ptee._common.text import number_of, quoted, threshold_words
 from ptee.evaluation.comparison_table import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
@@ -171,8 +171,8 @@ def exits_table(of: Reported) -> Rows:
     rows: Rows = [
         ("exit", "behind", "head", "backbone so far", *["its time"] * bool(times), "head's cost", "T", "leave here")
     ]
-    for n, e in enumerate(plan.exits):
-        t = "off" if n in plan.off else f"{of.model.threshold[n]:.4g}"
+    thresholds = threshold_words(of.model.threshold, plan.off)
+    for n, (e, t) in enumerate(zip(plan.exits, thresholds, strict=True)):
         leave = "-" if own is None or n in plan.off else f"{own.right[n] + own.wrong[n]:.1%}"
         time = [f"{times[n]:.1%}"] if times else []
         rows.append((str(n), e.name, e.head, f"{e.backbone_cost:.1%}", *time, f"{e.head_cost:.1%}", t, leave))

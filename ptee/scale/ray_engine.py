@@ -52,7 +52,7 @@ def require_ray() -> Any:
         import ray
         import ray.data
     except ImportError as why:
-        raise PteeError(INSTALL, Argument("engine", "local"), ".", argument="engine", value="ray") from why
+        raise PteeError(INSTALL, Argument.text("engine", "local"), ".", argument="engine", value="ray") from why
     return ray
 
 

@@ -170,7 +170,7 @@ def reserved(host: str, port: int) -> socket.socket:
         family, kind, number, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, number)
     except (OSError, UnicodeError) as why:
-        raise PteeError(f"{host!r:.60} is no address of this machine: {why}. Give ", Argument("host", "127.0.0.1"), ".",
+        raise PteeError(f"{host!r:.60} is no address of this machine: {why}. Give ", Argument.text("host", "127.0.0.1"), ".",
                         argument="host", value=host) from why  # fmt: skip
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -394,7 +394,7 @@ def _require_place(host: str, port: int) -> None:
         there = running.http_config
         raise PteeError(
             f"Ray Serve of this cluster answers at {there.host}:{there.port} already, and has no other address. Give ",
-            Argument("host", str(there.host)), " and ", Argument("port", str(there.port)), ".", argument="port", value=port,
+            Argument.text("host", there.host), " and ", Argument("port", str(there.port)), ".", argument="port", value=port,
         )  # fmt: skip
 
 

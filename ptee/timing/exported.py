@@ -65,7 +65,9 @@ def require_onnx(where: str) -> None:
     """Refuse to time by ONNX Runtime on another device than the CPU, and without it."""
     if where != "cpu":
         raise PteeError(
-            f"The executor onnx runs on a CPU here, and the model is on {where}. Give ", Argument("device", "cpu"), "."
+            f"The executor onnx runs on a CPU here, and the model is on {where}. Give ",
+            Argument.text("device", "cpu"),
+            ".",
         )
     require_libraries("onnx")
 

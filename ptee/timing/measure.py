@@ -142,7 +142,9 @@ def require_executor(name: str, device: torch.device) -> None:
     """
     if name == GRAPHS and device.type != "cuda":
         raise PteeError(
-            f"CUDA graphs need an NVIDIA GPU, and this runs on {device.type}. Give ", Argument("executor", HOOKS), "."
+            f"CUDA graphs need an NVIDIA GPU, and this runs on {device.type}. Give ",
+            Argument.text("executor", HOOKS),
+            ".",
         )
     if name == ONNX:
         require_onnx(device.type)

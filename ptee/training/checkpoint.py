@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptee._common.errors import RunError
 from ptee._common.files import from_json, plain
+from ptee._common.text import number_of
 from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
@@ -29,6 +30,7 @@ from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
 # Why not accelerate's save_state: it pickles the optimizer and the random states, and ptee unpickles nothing that lies on a disk.
+DATA = ("data", "samples", "pictures")  # what `describe_training` says of them
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,28 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
     differing = [
         name
         for name in {**training, **written}
-        if not (same_samples if name in ("samples", "pictures") else eq)(written.get(name), training.get(name))
+        if not (same_samples if name in DATA[1:] else eq)(written.get(name), training.get(name))
     ]
     if differing:
-        other = ", ".join(f"{name} {written.get(name)!s:.60} (now {training.get(name)!s:.60})" for name in differing)
-        text = f"{path} belongs to a training with {other}. Use the same settings and data, or delete it."
+        other = [
+            f"{name} {written.get(name)!s:.60} (now {training.get(name)!s:.60})"
+            for name in differing
+            if name not in DATA
+        ]
+        words = [f"with {', '.join(other)}"] * bool(other)
+        words += [f"on other data ({_other_data(written, training)})"] * any(name in DATA for name in differing)
+        text = f"{path} belongs to a training {' and '.join(words)}. Use the same settings and data, or delete it."
         raise RunError(text, argument="checkpoint")
     return reached
+
+
+def _other_data(written: Mapping[str, Any], training: Mapping[str, Any]) -> str:
+    """In what the data differ from those that a training began with; their hashes would tell nobody."""
+    then, now = (str(of.get("data")).partition(" long") for of in (written, training))
+    if then[0].isdecimal() and then[0] != now[0]:
+        more = int(now[0]) - int(then[0])
+        return f"{number_of(abs(more), 'training image')} {'more' if more > 0 else 'fewer'} now"
+    return "images of other content now" if then == now else "files with other names now, or others in their place"
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], epochs: list[Epoch]) -> Checkpoint:

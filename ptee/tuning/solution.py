@@ -7,7 +7,7 @@ from typing import Any
 
 from ptee._common.text import number_of
 from ptee.exits.blend import Blend, Exits
-from ptee.production.few_images import too_few
+from ptee.production.few_images import too_few, too_few_for_cost
 from ptee.tuning.config import Promise, Target, below, describe_thresholds
 from ptee.tuning.traces import Score, Traces
 
@@ -140,9 +140,11 @@ class Solution:
 
     @property
     def _few_images(self) -> str:
-        """Where a loss as large as the limit may well not show on the images at all."""
-        on_average = self.promise is None and self.target.kind != "max_cost" and bool(self.on_exits)
-        words = too_few(self.samples, self.target.limit) if on_average else ""
+        """Where a loss as large as the limit may well not show on the images at all, or their mean cost is not that of others."""
+        on_average = self.promise is None and bool(self.on_exits)
+        of_cost = self.target.kind == "max_cost"
+        few = too_few_for_cost(self.samples) if of_cost else too_few(self.samples, self.target.limit)
+        words = few if on_average else ""
         return f" {words}".rstrip()
 
     @property

@@ -11,7 +11,7 @@ import torch
 
 from ptee._common.progress import Log
 from ptee._common.text import number_of
-from ptee._common.validation import BATCH_SIZE, checked
+from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import OWN
@@ -27,7 +27,7 @@ from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
 
-@checked
+@checked_with(instead={"threshold": "It chooses thresholds; set one of your own by model.threshold = 0.7."})
 def tune(
     model: EarlyExitModel,
     data: Any,
@@ -162,13 +162,14 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[st
         interval = "(no image left early)"
     if target.kind == "max_cost" and solution.score.time is not None:
         return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False
+    missed = is_missed(target, results)
     if target.kind == "max_cost":
-        words = f"{own['cost']:.4f}"
+        on_others = f" (on the other images, which the thresholds were chosen on: {solution.cost:.4f})" * bool(missed)
+        words = f"{own['cost']:.4f}{on_others}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
         words = f"{1 - own['fidelity']:.4f} of the answers differ {interval}"
     else:
         words = f"{below(backbone['accuracy'] - own['accuracy'])} {interval}"
-    missed = is_missed(target, results)
     images = number_of(n, "report image")
     outcome = f"{'Missed' if missed else 'Kept'} on {images}"
     if missed is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,26 @@ def test_examples_in_docstrings_are_right(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_text_to_type_stands_in_quotes_in_python():
+    assert str(Argument.text("out", "my report.html")) == 'out="my report.html"'
+    assert str(Argument.text("out", 'so "called"')) == """out='so "called"'"""
+
+
+def _literal(call: ast.AST) -> str:
+    """The value of an `Argument(name, value)` in the code, if it is written there; else empty."""
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Argument"):
+        return ""
+    value = call.args[1] if len(call.args) > 1 else None
+    return value.value if isinstance(value, ast.Constant) else ""
+
+
+def test_no_value_to_type_is_a_text_without_quotes():
+    files = Path(ptee.__file__).parent.rglob("*.py")
+    values = {_literal(node) for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))}
+    assert {"FOLDER", "True"} <= values
+    assert [value for value in values if re.match(r"[a-z./]", value)] == []
 
 
 # ---------------------------------------------------------------------------------------------------- names

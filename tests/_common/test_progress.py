@@ -53,6 +53,17 @@ def test_a_log_gets_lines_even_while_one_item_takes_long(monkeypatch):
     assert lines[-1].endswith(" left")
 
 
+def test_before_the_first_item_is_done_no_line_tells_of_time_that_is_left(monkeypatch):
+    log = Log()
+    monkeypatch.setattr(sys, "stderr", log)
+    lines = LogLines(range(2), "measuring speed", seconds=0.05)
+    with lines.written():
+        assert log.written.wait(60)
+    line = log.getvalue().splitlines()[0]
+    assert line.startswith("measuring speed: 0 of 2 done in ")
+    assert "left" not in line
+
+
 def test_the_first_line_in_a_log_comes_sooner_than_the_next(monkeypatch):
     waited: list[float] = []
 

@@ -19,6 +19,7 @@ from ptee.backbones.load import load_backbone
 from ptee.cli import values as cli_values
 from ptee.evaluation import results as evaluation
 from ptee.pipeline import fit as fitting
+from ptee.pipeline.demo import another_threshold
 
 # ---------------------------------------------------------------------------------------------------- a run
 
@@ -81,6 +82,14 @@ def test_augment_takes_every_way_of_learning(run, known):
     assert "epoch 2/2" in done.out
 
 
+def test_the_other_threshold_that_is_suggested_lies_near_the_runs_own(finished):
+    model = ptee.load(finished)
+    model.threshold, model.off = [0.0316, 0.9], [1]
+    assert another_threshold(model, Path("my run")) == "Another threshold: ptee evaluate 'my run' --threshold 0.063"
+    model.threshold = 0
+    assert another_threshold(model, Path("out")).endswith("--threshold 0.7")
+
+
 @pytest.mark.parametrize("off", [slow([]), [0], [0, 1]], ids=str)
 def test_another_threshold_is_suggested_if_an_exit_is_on(off, run, known, monkeypatch):
     measure = fitting._measure
@@ -114,8 +123,9 @@ def test_a_collapse_of_the_training_is_told(run, known):
 
 
 def test_a_threshold_that_no_confidence_decides_is_remarked_on_before_the_training(run, known):
-    done = run("augment", *known, *SHORT, "--threshold", 70, "--out", "out")
-    assert done.err.startswith("T above 1: nobody leaves. A")
+    done = run("augment", *known, *SHORT, "--threshold", 2, "--out", "out")
+    assert done.status == 0
+    assert done.err.startswith("T above 1: nobody leaves.\n")
 
 
 def test_speed_need_not_be_measured(run, known, monkeypatch):
@@ -189,6 +199,7 @@ REFUSED = {
     "a shift of vectors": ([*R, "--head", "pool", "--set", "shift=4"], "shift=4 moves feature maps"),
     "thresholds for other exits": ([*R, "--threshold", "0.5,0.5,0.5"], "3 thresholds for 2"),
     "a threshold of NaN": ([*R, "--threshold", "0.5,nan"], "nan"),
+    "a threshold in percent": ([*R, "--threshold", 70], r"nobody leaves.*between 0 and 1: did you mean 0\.7\?$"),
     "a threshold of words": ([*R, "--threshold", "high"], "high"),
     "a threshold and a target": ([*R, "--threshold", 0.5, "--max-drop", 0.1], "--threshold 0.5 and --max-drop 0.1 are given"),
     "a drop above 1": ([*R, "--max-drop", 2], "--max-drop 2 must be below 1"),
@@ -293,6 +304,12 @@ def test_a_folder_with_something_else_in_it_is_left_alone(name, run, known):
 def test_an_earlier_run_is_left_alone(run, known, finished):
     before = files(finished)
     assert_refused(run("augment", *known, *SHORT, "--out", finished), "out holds a run.*--overwrite")
+    for mistake, said in (
+        (("--model", "resnet5000"), "'resnet5000'"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--data", "CIFAR11"), "CIFAR11"),
+    ):
+        assert_refused(run("augment", *known, *SHORT, *mistake, "--out", finished), said)
     assert files(finished) == before
 
 

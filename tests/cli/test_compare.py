@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command import BRIEF, MODEL, SHORT, assert_refused, files, read_json
+from command import BRIEF, MODEL, SHORT, assert_refused, edited, files, read_json
 from safetensors.torch import save_file
 
 from ptee._common.errors import PteeError
@@ -46,6 +47,19 @@ def test_compare_prints_a_table_for_people(run, finished, things):
     assert "chosen on 6 of the 12 validation images, drawn with seed 3" in done.out
     for words in ("cannot be mapped", "<= 0.1 lost", "out, oracle", "At most 0.1 lost: "):
         assert words in done.out
+
+
+@pytest.mark.parametrize("command", [("compare", "other"), ("report", "--against", "other")], ids=["compare", "report"])
+def test_runs_that_take_other_images_are_refused_at_once_with_what_differs(run, finished, monkeypatch, command):
+    shutil.copytree(finished, "other")
+    elsewhere = {"mean": [0.25, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    edited("other", lambda config: config["backbone"]["input"].update(elsewhere))
+    edited("other", lambda config: config["results"]["data"].update(source="elsewhere"))
+    monkeypatch.setitem(sys.modules, "ptee.pipeline.saved_run", None)
+    done = run(command[0], finished, *command[1:])
+    assert_refused(
+        done, r"^other takes images of another mean and std than out: mean \(0\.25, 0\.5, 0\.5\), not \(0\.485,"
+    )
 
 
 def test_a_comparison_is_drawn_on_a_page_where_one_is_asked_for(run, finished):

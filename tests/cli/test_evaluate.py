@@ -30,6 +30,7 @@ def test_evaluate_repeats_what_augment_measured_on_the_same_images(run, finished
 def test_evaluate_prints_a_table_for_people(run, finished):
     done = run("evaluate", finished, "--threshold", "0.25")
     assert done.status == 0
+    assert "Speed is measured for about 20 seconds, on a slow machine for minutes. --no-speed (in" in done.out
     assert re.search(r"backbone.*exit 0.*exit 1.*early exit, T = 0\.25", done.out, re.DOTALL)
 
 
@@ -281,6 +282,7 @@ def test_a_threshold_for_exits_that_are_off_is_said_to_change_nothing(run, finis
             done.err,
         )
     assert run("evaluate", finished, "--no-speed").err == ""
+    assert "measured: no exit is on" in run("evaluate", finished).out
 
 
 def test_the_confidence_of_a_run_is_set_as_the_refusal_says(run, finished):

@@ -90,6 +90,10 @@ MISTYPED = {
         ["sweep", "--set", "head=pool", "--over", "seed=0,1", "--out", "x"],
         r"^--set is no option of this command\. Give --over NAME=VALUE: one value for all runs, or several",
     ),
+    "the recipe of a sweep": (
+        ["sweep", "--recipe", "mine.yaml", "--over", "seed=0,1", "--out", "x"],
+        r"^--recipe is no option of this command\. The recipe is the first word: ptee sweep RECIPE --over NAME=VALUE,VALUE\.$",
+    ),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
     "a run without a name": (["evaluate", ""], "The value after evaluate is empty"),

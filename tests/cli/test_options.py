@@ -169,6 +169,7 @@ def test_an_unknown_recipe_names_the_nearest(run):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--threshold", "70,0.8"], "did you mean 0.7,0.8?"),
         (["--threshold", "70%"], "--threshold 70% must be a number, or a list. Did you mean 0.7?"),
         (["--input-size", "8x8"], "'8x8' is not a number or a list of numbers separated by commas, such as 3,224,224"),
         (["--input-size", "16,16"], "16,16.*3,224,224"),
@@ -204,6 +205,7 @@ def test_a_value_that_cannot_be_read_is_refused_with_what_is_possible(words, sai
         (Argument("confidence", "'entropy'"), "--confidence entropy"),
         (Argument("model_args", "x"), "--model-arg x"),
         (Argument("training.epochs", "None"), "--set training.epochs=null"),
+        (Argument.text("data", "my pictures (2)"), "--data 'my pictures (2)'"),
         (Argument("data", "my pictures (2)"), "--data 'my pictures (2)'"),
         (Argument("input_size", "(3, 32, 32)"), "--input-size 3,32,32"),
         (Argument("exits", "['layer1', 'layer2']"), "--exits layer1,layer2"),

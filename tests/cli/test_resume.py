@@ -36,7 +36,7 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
     without = ("augment", *source, *SHORT, "--set", "calibration_share=0.4", "--epochs", 3)
     assert_refused(
         run(*without, "--out", "broken", "--resume"),
-        "belongs to a training with data.*--overwrite in place of --resume, or another --out",
+        "belongs to a training on other data .[0-9]+ training images fewer now.*--overwrite in place of --resume, or another --out",
     )
     done = run(*words, "--out", "broken", "--resume")
     assert done.status == 0, done
@@ -111,6 +111,8 @@ def test_interrupted_while_it_measures_only_the_measurement_is_left(run, known, 
         broken = run(*words)
     assert broken.status == 130
     assert "the run in out is complete but for its results" in broken.err
+    said = "out holds a run that lacks its results; the same settings with --resume go on with it"
+    assert_refused(run(*words), said)
     early = evaluated(run, "out")
     done = run(*words, "--resume")
     assert (done.status, "epoch " in done.out) == (0, False), done
@@ -152,7 +154,10 @@ def test_a_resumption_with_an_image_in_place_of_another_is_refused(run, known, t
     interrupt(2)
     run("augment", *known, *SHORT, "--data", images, "--out", "out")
     (images / "class0" / "0.png").rename(images / "class0" / "new.png")
-    assert_refused(run("augment", *known, *SHORT, "--data", images, "--out", "out", "--resume"), "data.*files.*now")
+    assert_refused(
+        run("augment", *known, *SHORT, "--data", images, "--out", "out", "--resume"),
+        r"on other data \(files with other names now",
+    )
 
 
 @pytest.mark.slow
@@ -170,7 +175,7 @@ def test_a_resumption_is_refused_where_any_picture_of_the_training_was_replaced_
         done = run(*words, "--resume", "--out", shutil.copytree("out", f"out{number}"))
         picture.write_bytes(before)  # at another time
         if done.status:
-            assert_refused(done, "belongs to a training with .*pictures [0-9a-f]{44} ")
+            assert_refused(done, "belongs to a training on other data .images of other content now")
             refused += 1
     assert refused == 11  # of 12: one was drawn for calibration
     assert run(*words, "--resume", "--out", "out").status == 0
@@ -182,6 +187,6 @@ def test_a_resumption_with_other_settings_is_refused_and_the_checkpoint_kept(run
     run(*words)
     before = files(Path("out"))
     assert_refused(run(*words, "--set", "lr=0.5", "--resume"), "lr 0.01.*now 0.5")
-    assert_refused(run(*words), "interrupted training.*--resume.*--overwrite")
+    assert_refused(run(*words), "interrupted training; the same settings with --resume go on with it.*--overwrite")
     assert files(Path("out")) == before
     assert run(*words, "--set", "lr=0.5", "--overwrite").status == 0

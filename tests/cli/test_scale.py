@@ -130,6 +130,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in cache. All of them have labels.",
         f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
+        "Train on it in Python: model = ptee.load('out'); ptee.train(model, ptee.open_cache('cache')); model.save_pretrained('trained')",
     ]
     assert_refused(
         run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"

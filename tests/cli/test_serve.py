@@ -39,6 +39,11 @@ def test_a_port_in_use_is_refused_before_the_model_is_opened(exported, run):
         (["--bare"], r"--bare is about a run"),
         (["--max-fidelity-drop", "0.01"], "--max-fidelity-drop is about a run"),
         (["--min-threshold", "1.5", "--max-threshold", "1"], "--min-threshold 1.5 is above --max-threshold"),
+        (
+            ["--threshold", "70%"],
+            r"^--threshold is no option of this command\. A request may bring its own, as /predict\?threshold=0\.7",
+        ),
+        (["--max-threshold", "70%"], r"Did you mean 0\.7\?"),
         (["--port", "70000"], "70000"),
         (["--max-batch", "0"], "0"),
         (["--token-file", "no.txt"], "no file no.txt"),

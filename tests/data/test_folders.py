@@ -196,6 +196,12 @@ def test_a_folder_without_training_images_in_classes_is_refused(tmp_path, names,
         opened(write_folder(tmp_path, names))
 
 
+def test_a_single_class_folder_is_refused_with_the_folder_above(tmp_path):
+    folder = write_folder(tmp_path, ["pets/cat/0.png", "pets/dog/1.png"])
+    with pytest.raises(DataError, match=r"lie in no class folder\. Did you mean the folder above: .*pets\? If"):
+        opened(folder / "pets" / "cat")
+
+
 @pytest.mark.parametrize("names", [["pets/val/a/0.png", "pets/val/b/1.png"], ["pets/pets/test/a/0.png"]])
 def test_a_folder_around_validation_images_is_not_taken_for_a_class(names, tmp_path):
     with pytest.raises(DataError, match=r"did you mean '.*pets' \((val|test)\)\?"):

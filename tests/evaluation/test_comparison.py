@@ -269,7 +269,7 @@ MODELS = {
     ),
     "images of another size": (
         lambda: {"one": made(), "two": ptee.augment(copy.deepcopy(network()), exits=["0"], input_size=(3, 10, 10))},
-        "another size, mean or deviation than one",
+        r"^two takes images of another size than one: size \(3, 10, 10\), not \(3, 8, 8\)\. Compare",
     ),
 }
 

@@ -103,6 +103,22 @@ def test_where_every_exit_is_off_the_verdict_says_how_they_come_back():
     assert "Off:" not in str(results)
 
 
+def test_where_more_is_lost_than_was_allowed_nobody_is_told_to_lower_t():
+    dear = results_with(**GOOD | {"cost": 1.1})
+    assert dear.bottom_line.endswith("Lower T, train longer, or use cheaper or fewer heads.")
+    assert replace(dear, loses_too_much=True).bottom_line.endswith(
+        "saves. Train longer, or use cheaper or fewer heads."
+    )
+
+
+def test_where_all_leave_at_the_only_exit_that_is_on_one_sentence_says_so():
+    all_leave = results_with(**GOOD | {"leaving": [1.0, 0.0, 0.0]}, threshold=(0.0, 2.0), off=(1,))
+    results = replace(all_leave, truncation=(Score(0.79, 0.99, 0.7), Score(0.7, 0.9, 0.9)))
+    assert results.verdict == [
+        "100% of the images leave at exit 0 (one): this is a shorter network, not an adaptive one. Choose T for a smaller loss."
+    ]
+
+
 # the verdict
 
 WRONG = {

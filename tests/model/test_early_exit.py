@@ -437,6 +437,23 @@ def test_hooks_that_do_not_run_are_noticed(exits, call):
     assert getattr(model, call)(images()).logits.shape[-1] == K
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, out: model.predict(images()),
+        lambda model, out: ptee.export(model, out),
+        lambda model, out: ptee.tune(model, [(image,) for image in images()], max_cost=0.9),
+        lambda model, out: ptee.optimize(model),
+    ],
+    ids=["predict", "export", "tune", "optimize"],
+)
+def test_a_detached_model_is_refused_by_name_whatever_it_is_to_do(use, tmp_path):
+    model = make(Around(), ("stem",))
+    model.detach()
+    with pytest.raises(PteeError, match=r"was detached from its backbone\. Load it again .*ptee\.augment"):
+        use(model, tmp_path / "out")
+
+
 # ---------------------------------------------------------------------------------------------------- calls
 
 

@@ -119,7 +119,7 @@ def test_what_is_no_exit_cannot_be_off(model, off):
         model.off = off
 
 
-@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(1)], ids=str)
+@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(1), "all", "1"], ids=str)
 def test_exits_that_are_off_are_given_by_number(model, off):
     with pytest.raises(PteeError, match=r"Exits that are off are given by their numbers, such as .1., not as"):
         model.off = off

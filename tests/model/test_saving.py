@@ -214,6 +214,14 @@ def test_a_model_in_half_precision_comes_back_in_half_precision(tmp_path):
         assert torch.equal(got, want)
 
 
+def test_a_model_that_was_detached_is_saved_with_its_exits(tmp_path):
+    model, x = make(), torch.rand(2, *SIZE)
+    expected = model.all_exits(x)
+    backbone = model.detach()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ptee.load(tmp_path, backbone=backbone).all_exits(x).logits, expected.logits)
+
+
 def test_from_pretrained_loads_a_folder(original, folder, net):
     assert_same(EarlyExitModel.from_pretrained(folder, backbone=net), original[0])
 

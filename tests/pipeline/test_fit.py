@@ -369,6 +369,7 @@ REFUSED = {
     "a target about labels without labels": ({"train_data": images(60, labels=False), "max_drop": 0.1}, "no labels.*max_fidelity_drop"),
     "a question about labels without labels": ({"train_data": images(60, labels=False), "question": "right"}, "question='right'.*question='agrees'"),
     "an unknown confidence": ({"confidence": "max_probb"}, "'max_probb'.*Did you mean 'max_prob'"),
+    "a threshold in percent": ({"threshold": 70}, r"nobody leaves.*did you mean 0\.7\?$"),
     "thresholds for other exits": ({"threshold": (0.5, 0.5, 0.5)}, "3 thresholds for 2"),
     "a cost that cannot be reached": ({"max_cost": 0.001}, r"max_cost=0\.001 cannot be reached"),
     "a shift of vectors": ({"shift": 2}, "shift=2 moves feature maps"),

@@ -122,7 +122,7 @@ def test_a_training_that_has_begun_goes_on_without_them(ptee, images, interrupte
     assert "images/a/10.png" in ptee(WORDS, "--resume")[1]
     broken.unlink()
     (images / "b" / "11.png").rename(images / "b" / "gone.png")
-    assert "belongs to a training with data" in ptee(WORDS, "--resume")[1]
+    assert "belongs to a training on other data" in ptee(WORDS, "--resume")[1]
     (images / "b" / "gone.png").rename(images / "b" / "11.png")
     with monkeypatch.context() as patch:  # and is interrupted again, when only the measurement is left
         patch.setattr(fit, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

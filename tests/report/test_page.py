@@ -119,7 +119,14 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(evil, tmp_path, monkey
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("curve.png", "such as out=curve.html"), ("folder.html", "is a folder")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my curve.png", 'such as out="my curve.html"'),
+        ("curve.png", 'such as out="curve.html"'),
+        ("folder.html", "is a folder"),
+    ],
+)
 def test_a_file_that_cannot_be_a_page_is_refused(tmp_path, name, words):
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(RunError, match=words):
@@ -131,7 +138,7 @@ def test_a_still_picture_without_kaleido_is_refused_with_what_to_install(tmp_pat
     require_picture(tmp_path / "x.html")
     with pytest.raises(PteeError, match=r"pip install 'kaleido>=1'.*Or draw a page: ") as why:
         require_picture(tmp_path / "x.png")
-    assert Argument("out", "x.html") in why.value.parts
+    assert Argument.text("out", "x.html") in why.value.parts
     with pytest.raises(RunError, match=r"ends in \.png or \.svg or \.html"):
         require_picture(tmp_path / "x.jpg")
 

@@ -307,7 +307,7 @@ def test_an_unknown_engine_and_no_workers_are_refused(a_run, shards, tmp_path):
 
 def test_without_ray_one_line_says_how_to_get_it(a_run, shards, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PteeError, match=r"pip install 'ptee-exits\[ray\]'.*engine=local"):
+    with pytest.raises(PteeError, match=r"pip install 'ptee-exits\[ray\]'.*engine=.local"):
         ptee.record(a_run, shards, tmp_path / "out", engine="ray")
 
 

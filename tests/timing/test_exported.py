@@ -107,7 +107,7 @@ def test_onnx_is_an_executor_like_the_others(model):
 
 def test_a_model_elsewhere_is_refused_by_name(model, monkeypatch):
     monkeypatch.setattr("ptee.timing.exported.one_parameter", lambda _: torch.zeros(1, device="meta"))
-    with pytest.raises(PteeError, match=r"runs on a CPU here, and the model is on meta\. Give device=cpu"):
+    with pytest.raises(PteeError, match=r"runs on a CPU here, and the model is on meta\. Give device=.cpu"):
         OnnxModel(model)
 
 

@@ -337,6 +337,15 @@ def test_a_solution_can_be_written_as_json_and_prints_as_text():
     assert "Chosen: all exits off, because none of them pays; the backbone answers every image." in str(every)
 
 
+def test_a_cost_that_is_limited_on_few_images_may_be_higher_on_new_ones():
+    score = Score(0.9, 0.95, 0.5)
+    few, enough = (
+        str(Solution(Target("max_cost", 0.6), (0.5,), (), score, Score(0.9, 1.0, 1.0), n)) for n in (298, 299)
+    )
+    assert "298 images are few to know a mean cost: on new ones it may be up to 0.057 higher." in few
+    assert "few" not in enough
+
+
 def test_a_solution_of_few_images_says_how_many_show_such_a_loss():
     found = Solution(Target("max_drop", 0.01), (0.5,), (), Score(0.9, 0.95, 0.4), Score(0.9, 1.0, 1.0), 298)
     few = "298 images are too few to show a loss of 0.01 (that takes 299): expect to lose more on new ones."

@@ -34,6 +34,11 @@ def test_tuning_sets_thresholds_that_meet_the_target_when_the_model_is_run(train
     assert found.fidelity_drop == pytest.approx((out.logits.argmax(1) != bare).double().mean().item())
 
 
+def test_whoever_gives_tune_a_threshold_is_told_how_one_is_set():
+    with pytest.raises(PteeError, match=r"^tune\(\) has no argument 'threshold'\. .*model\.threshold = 0\.7\.$"):
+        ptee.tune(made(), TensorDataset(*labelled()), threshold=0.7)
+
+
 @pytest.mark.parametrize("target", [{}, {"max_cost": 0.001}, {"max_drop": 0.1, "max_cost": 0.5}], ids=str)
 def test_a_target_that_is_refused_leaves_the_thresholds_as_they_were(target):
     model = made()
@@ -97,7 +102,8 @@ def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
     )
     kept = "Target: a mean cost of at most 0.6. Kept on 1,000 report images: 0.5000."
     assert outcome(0.95, 1000, "max_cost", limit=0.6) == kept
-    assert "Missed on" in outcome(0.95, 1000, "max_cost", limit=0.4)
+    missed = "Missed on 1,000 report images: 0.5000 (on the other images, which the thresholds were chosen on: 0.5000)."
+    assert outcome(0.95, 1000, "max_cost", limit=0.4).endswith(missed)
     assert "Kept on 1 report image: 0.5000" in outcome(0.95, 1, "max_cost", limit=0.6)
 
 
