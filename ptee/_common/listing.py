@@ -127,9 +127,8 @@ def tar_members(
         DataError: if another tar file was written behind it.
     """
     with tarfile.open(fileobj=stream, mode="r:") as tar:
-        members = {
-            tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar
-        }  # the last of a name
+        # the last of a name
+        members = {tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar}
         stream.seek(tar.offset)
         # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
         if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):

@@ -7,9 +7,8 @@ import shlex
 from collections.abc import Collection, Sequence
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-ABOUT_RUN = re.compile(
-    r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b"
-)  # advice to type, on the command line or in Python
+# advice to type, on the command line or in Python
+ABOUT_RUN = re.compile(r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b")
 NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # how Python reads the bytes of a file's name that are not UTF-8
 
 

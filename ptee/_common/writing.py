@@ -232,10 +232,7 @@ def _keep(path: Path, copy: Path) -> None:
 
 @contextmanager
 def locked(
-    folder: Path,
-    wait: float = LONGEST_WAIT,
-    instead: Advice = ("choose another folder",),
-    remedy: str = ANOTHER_FOLDER,
+    folder: Path, wait: float = LONGEST_WAIT, instead: Advice = ("choose another folder",), remedy: str = ANOTHER_FOLDER
 ) -> Iterator[None]:
     """Meanwhile no other process or thread changes several files of the folder. It is `settle`d first.
 

@@ -40,13 +40,7 @@ from ptee.backbones.matching import find_network
 from ptee.backbones.record import LIBRARIES, checked_record, rebuilding
 from ptee.backbones.weights import load_weights
 
-RESERVED_ARGS = {
-    "num_classes",
-    "weights",
-    "progress",
-    "checkpoint_path",
-    "cache_dir",
-}  # what ptee gives the library itself
+RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # ptee gives these itself
 GIVE_SIZE = ("Give ", Argument("input_size", "(c, h, w)"), ".")
 
 

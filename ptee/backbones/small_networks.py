@@ -20,9 +20,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs as VGG_WIDTHS
 
-from ptee.backbones.cifar_resnet import (
-    checkpoint_filter_fn as checkpoint_filter_fn,
-)  # for names as in "shortcut", "linear"
+from ptee.backbones.cifar_resnet import checkpoint_filter_fn as checkpoint_filter_fn  # for names as in "linear"
 from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD
 
 POOL = "M"  # in a list of layers

@@ -18,15 +18,7 @@ from typing import Any
 
 from ptee._common.errors import DataError, some
 from ptee._common.files import packed_by
-from ptee._common.listing import (
-    LAYOUTS,
-    is_hidden,
-    not_listed,
-    refuse_broken_link,
-    subfolders,
-    tar_members,
-    visible,
-)
+from ptee._common.listing import LAYOUTS, is_hidden, not_listed, refuse_broken_link, subfolders, tar_members, visible
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
 

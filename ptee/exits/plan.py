@@ -192,18 +192,8 @@ class Plan:
         heads = ["head"] if differ else []
         timed = [f"{t:.4f}" for t in (*self.times, 1.0)] if self.times else []
         sized = [f"{p:.4f}" for p in (*self.parameter_shares, 1.0)] if self.parameter_shares else []
-        title = (
-            "exit",
-            "module",
-            "shape",
-            *heads,
-            *["time"] * bool(timed),
-            *["of parameters"] * bool(sized),
-            "backbone",
-            "head cost",
-            "cost",
-            "parameters",
-        )
+        shares = (*["time"] * bool(timed), *["of parameters"] * bool(sized), "backbone")
+        title = ("exit", "module", "shape", *heads, *shares, "head cost", "cost", "parameters")
         rows = [
             (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), *timed[n : n + 1], *sized[n : n + 1], f"{e.backbone_cost:.4f}",
              f"{e.head_cost:.4f}", f"{e.cost:.4f}", f"{e.parameters:,}")

@@ -162,7 +162,7 @@ class Monitor:
         if ends:
             warn(
                 f"The promise of this monitor is not of the model as it is now: {changed} changed. Until that is changed back, answers are "
-                f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g}).",
+                f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g})."
             )
         return kept
 
@@ -398,7 +398,7 @@ def _warn_if_late(monitor: Monitor) -> None:
     about = f"{float(f'{images:.2g}'):,.0f}" if images < 1e12 else f"{images:.1e}"
     warn(
         f"With audit={audit:g} it takes about {about} images to find that {bad:.2g} of the answers differ instead of {limit:g}. "
-        f"To find it within {LATE:,}, give {more}.",
+        f"To find it within {LATE:,}, give {more}."
     )
 
 

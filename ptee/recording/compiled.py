@@ -13,10 +13,7 @@ from torch import Tensor
 from ptee._common.errors import PteeError, first_line
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"  # the modes of `optimize`
-SIZES, SIZES_OF_ALL = (
-    256,
-    4096,
-)  # that are compiled; torch's own 8 would leave the next ones as they are, without a word
+SIZES, SIZES_OF_ALL = 256, 4096  # that are compiled; torch's own 8 would leave the others as they are, without a word
 
 
 def compiled(piece: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

@@ -36,6 +36,7 @@ from ptee.recording.exported_pieces import ExportedPieces
 from ptee.recording.hooked_pieces import HookedPieces
 
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
+SETTINGS = ("blend", "calibrated", "results", "curve")  # of a model, beside its properties
 _training, _version = attrgetter("training"), attrgetter("_version")
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
@@ -61,9 +62,8 @@ class OptimizedModel(nn.Module):
         self.model, self.max_batch, self.mode, self._limit = model, max_batch, mode, limit
         self._example = example_images(model, 1)
         self._lock = threading.Lock()
-        self._bare: dict[
-            int, tuple[Buckets, list[Callable[[], None]]]
-        ] = {}  # the pieces without heads, if they are timed
+        # the pieces without heads, if they are timed
+        self._bare: dict[int, tuple[Buckets, list[Callable[[], None]]]] = {}
         with _as_recorded(self._example):
             self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
         self.eval()
@@ -87,12 +87,7 @@ class OptimizedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are the model's."""
-        if isinstance(getattr(EarlyExitModel, name, None), property) or name in (
-            "blend",
-            "calibrated",
-            "results",
-            "curve",
-        ):
+        if isinstance(getattr(EarlyExitModel, name, None), property) or name in SETTINGS:
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)

@@ -92,17 +92,10 @@ class Budget:
 
     def __str__(self) -> str:
         title = ("kept", "passes", "hours", "cache", "fits", "how")
-        rows = [
-            (
-                c.keeps,
-                str(c.passes),
-                f"{c.hours:.2f}{' or more' * (c.keeps == POOLED)}",
-                amount(c.size) if c.size else "-",
-                "yes" if c.fits else "no",
-                c.how,
-            )
-            for c in self.choices
-        ]
+        rows = []
+        for c in self.choices:
+            hours, size = f"{c.hours:.2f}{' or more' * (c.keeps == POOLED)}", amount(c.size) if c.size else "-"
+            rows.append((c.keeps, str(c.passes), hours, size, "yes" if c.fits else "no", c.how))
         rates = f"{self.backbone_rate:,.0f} images a second through the backbone and {self.heads_rate:,.0f} through the heads"
         head = f"{self.images:,} images, {self.epochs} epochs, {self.views} views; measured on {self.device}: {rates}."
         return f"{head}\n{table([title, *rows], left={0, 5})}\n{self.words}"

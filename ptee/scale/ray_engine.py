@@ -143,9 +143,8 @@ def _told(why: BaseException, paths: Sequence[str], folder: Path) -> PteeError:
 
 def _webdataset(data: Any, paths: list[str]) -> Any:
     wanted = [*(f"*.{ending}" for ending in LABEL_FILES), *(f"*{ending}" for ending in EXTENSIONS)]
-    return data.read_webdataset(
-        paths, decoder=None, fileselect=wanted, include_paths=True
-    )  # its decoder would unpickle
+    # its decoder would unpickle
+    return data.read_webdataset(paths, decoder=None, fileselect=wanted, include_paths=True)
 
 
 def _parquet(data: Any, paths: list[str]) -> Any:

@@ -33,14 +33,7 @@ from ptee.recording.optimized import OptimizedModel, optimize
 from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
 from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX, checked_executors, checked_sizes
-from ptee.timing.times import (
-    Measured,
-    Times,
-    between,
-    device_name,
-    sizes_to_measure,
-    unit_of,
-)
+from ptee.timing.times import Measured, Times, between, device_name, sizes_to_measure, unit_of
 
 
 class _Timed(ExitEarly):

@@ -97,18 +97,8 @@ class RunBench:
         t = self.times
         others = any(line.executor in OTHERS for line in self.lines)
         energy = any(line.joules is not None for line in self.lines)
-        title = (
-            "batch",
-            "by",
-            "who leaves",
-            "ms",
-            "/ bare",
-            *["/ torch"] * others,
-            "counted",
-            "limit",
-            "lost",
-            *["mJ/image"] * energy,
-        )
+        ratios = ("/ bare", *["/ torch"] * others)
+        title = ("batch", "by", "who leaves", "ms", *ratios, "counted", "limit", "lost", *["mJ/image"] * energy)
         rows = [_cells(line, others, energy) for line in self.lines]
         return (
             f"{t.backbone} with {number_of(len(t.exits), 'exit')} on {t.device_name}{in_threads(t.device, t.threads)}, {t.dtype}\n"
