@@ -132,22 +132,13 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
             raise DataError(
                 f"{where} has lines such as {names[0]:.60}: give one bare name a line, without numbers or quotes."
             )
-        hint = _nearest(strange[0], names)
+        near = get_close_matches(strange[0], names, 1)
+        hint = f" (did you mean '{some(near)}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
     _require_names(names, where)
     indices = tuple(place[_nfc(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
-
-
-def _nearest(strange: str, names: Sequence[str]) -> str:
-    """Which name may be meant by a strange one, in brackets; or which one looks like it and has other characters."""
-    if alike := [name for name in names if _seen(name) == _seen(strange)]:
-        sides = {"that of the data": _unseen(strange), "the one here": _unseen(alike[0])}
-        holds = " and ".join(f"{side} holds {marks}" for side, marks in sides.items() if marks)
-        return f" (one looks like '{_seen(strange)}', but {holds}, which nobody sees)"
-    near = get_close_matches(strange, names, 1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _listed(classes: Any) -> list[str]:
@@ -177,24 +168,8 @@ def _fault(name: Any) -> str:
         return "is empty"
     if len(name) > LONGEST_NAME:
         return f"has {len(name):,} letters ({name!a:.40}...)"
-    return next(
-        (f"has a character that no name may have, {_described(c)}: {name!a:.80}" for c in name if not is_name(c)), ""
-    )
-
-
-def _described(character: str) -> str:
-    """The number and, if it has one, the name that Unicode gives a character."""
-    return f"U+{ord(character):04X} {unicodedata.name(character, '').lower()}".rstrip()
-
-
-def _unseen(name: str) -> str:
-    """The characters in a name that show nothing, in words."""
-    return some([_described(c) for c in name if unicodedata.category(c) == "Cf"])
-
-
-def _seen(name: str) -> str:
-    """The name as it looks, without those characters."""
-    return "".join(c for c in _nfc(name) if unicodedata.category(c) != "Cf")
+    odd = next((c for c in name if not is_name(c)), None)
+    return "" if odd is None else f"has a character that no name may have, U+{ord(odd):04X}: {name!a:.80}"
 
 
 def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:
