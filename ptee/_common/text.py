@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import unicodedata
 from collections.abc import Collection, Sequence
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -127,6 +128,11 @@ def escaped(text: str) -> str:
     'a\\\\xff'
     """
     return NO_UTF8.sub(lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)
+
+
+def spelt(name: str) -> str:
+    """A name in one of the ways in which Unicode can write an accent: a file and a folder may differ in that."""
+    return unicodedata.normalize("NFC", name)
 
 
 def type_name(kind: object) -> str:

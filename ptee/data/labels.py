@@ -8,7 +8,6 @@ torchvision sorts them as text (class10, class2). Where the two orders differ, t
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from typing import Any
 
 from ptee._common.errors import Advice, Argument, DataError, PteeError, some
 from ptee._common.files import as_path, from_json
+from ptee._common.text import spelt
 from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.splits import PARTS, Data
@@ -119,15 +119,15 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         names, where, whose = read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
     else:
         names, where, whose = tuple(_listed(classes)), LIST, "the backbone's numbers"
-    place = {_nfc(name): index for index, name in enumerate(names)}
+    place = {spelt(name): index for index, name in enumerate(names)}
     if len(place) < len(names):
-        twice = sorted({name for index, name in enumerate(names) if place[_nfc(name)] != index})
+        twice = sorted({name for index, name in enumerate(names) if place[spelt(name)] != index})
         raise DataError(f"{where} names {some(twice)} more than once: give each of the backbone's classes once.")
     if len(names) != num_classes:
         raise DataError(
             f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
         )
-    if strange := [name for name in class_names if _nfc(name) not in place]:
+    if strange := [name for name in class_names if spelt(name) not in place]:
         if _are_adorned(class_names, place):
             raise DataError(
                 f"{where} has lines such as {names[0]:.60}: give one bare name a line, without numbers or quotes."
@@ -136,7 +136,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         hint = f" (did you mean '{some(near)}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
     _require_names(names, where)
-    indices = tuple(place[_nfc(name)] for name in class_names)
+    indices = tuple(place[spelt(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
 
@@ -175,12 +175,7 @@ def _fault(name: Any) -> str:
 def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:
     """Whether the lines have all of these names with numbers, quotes or separators around them, such as `0: 'cat',`."""
     found = {line.strip(AROUND): line for line in lines}
-    return all(_nfc(name) in found.get(_nfc(name).strip(AROUND), "") for name in names)
-
-
-def _nfc(name: str) -> str:
-    """The name in one of the ways in which Unicode can write an accent. A file and a folder may differ in that."""
-    return unicodedata.normalize("NFC", name)
+    return all(spelt(name) in found.get(spelt(name).strip(AROUND), "") for name in names)
 
 
 def read_names(file: str | Path) -> tuple[str, ...]:
@@ -211,6 +206,15 @@ def _is_json(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------ names in a run, labels on images
 
 
+def classes_of_run(metrics: Any, num_classes: int) -> list[str]:
+    """The names of all classes in the backbone's order, as a run's metrics have them; empty if they do not."""
+    data = (metrics or {}).get("data")
+    split = data.get("split") if isinstance(data, dict) else None
+    names = split.get("classes") if isinstance(split, dict) else None
+    usable = isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names)
+    return list(names) if names and usable else []
+
+
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
     """The classes that a run or an exported model recorded, if the data have some of them; None if the data call theirs otherwise.
 
@@ -221,12 +225,12 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
     Raises:
         DataError: if the data have some of the names and others beside them: numbered anew, all labels could be others.
     """
-    known = {_nfc(name) for name in recorded}
-    strange = [name for name in found if _nfc(name) not in known]
+    known = {spelt(name) for name in recorded}
+    strange = [name for name in found if spelt(name) not in known]
     if len(recorded) != num_classes or len(strange) == len(found):
         return None
     if strange:
-        absent = sorted(known - {_nfc(name) for name in found})
+        absent = sorted(known - {spelt(name) for name in found})
         lost = f" Classes of the model that the data do not have: {some(absent)}." if absent else ""
         raise DataError(
             f"Classes of the data that the model does not know: {some(strange)}.{lost} "

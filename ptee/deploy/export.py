@@ -24,6 +24,7 @@ from ptee._common.text import number_of, type_name
 from ptee._common.validation import checked, is_name
 from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
+from ptee.data.labels import classes_of_run
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import LARGEST_MANIFEST, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
@@ -195,12 +196,8 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
 
 def class_names(model: EarlyExitModel) -> list[str]:
     """The names of the classes as the run's data has them; empty if it does not say, or they are too long or odd for a manifest."""
-    data = (model.results or {}).get("data")
-    split = data.get("split") if isinstance(data, dict) else None
-    names = split.get("classes") if isinstance(split, dict) else None
-    if not isinstance(names, list) or len(names) != model.num_classes or len(str(names)) > LARGEST_MANIFEST // 4:
-        return []
-    return names if all(map(is_name, names)) else []
+    names = classes_of_run(model.results, model.num_classes)
+    return names if len(str(names)) <= LARGEST_MANIFEST // 4 and all(map(is_name, names)) else []
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:
