@@ -90,20 +90,16 @@ class FrozenConfig(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked_with(also: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`checked` for a function that takes arguments of these names besides, by **."""
+    return lambda function: checked(function, also)
+
+
+def checked(function: Callable[P, R], also: Iterable[str] = ()) -> Callable[P, R]:
     """The function, which refuses unknown arguments, and truth values, numbers, texts, lists and functions of the wrong type, by name.
 
     Both before it begins. Where a process that loads images is ended meanwhile, the error says what to do.
     """
-    return checked_with()(function)
-
-
-def checked_with(also: Iterable[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`checked` for a function that takes arguments of these names besides, by **."""
-    return lambda function: _checked(function, also)
-
-
-def _checked(function: Callable[P, R], also: Iterable[str]) -> Callable[P, R]:
     names = list(inspect.signature(function).parameters)
     kinds: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
@@ -166,10 +162,8 @@ def require_arguments(
             raise UnknownName(text, argument=name)
 
 
-def from_pydantic(
-    error: ValidationError, where: str = "", fields: Iterable[str] = (), example: bool = False
-) -> PteeError:
-    """The first finding of pydantic as an error of one line. `where` begins the dotted path of the setting.
+def from_pydantic(error: ValidationError, fields: Iterable[str] = (), example: bool = False) -> PteeError:
+    """The first finding of pydantic as an error of one line.
 
     Of the settings that exist (`fields`), the one nearest to an unknown setting is named. `example`: say what a list or mapping looks
     like in Python.
@@ -179,22 +173,21 @@ def from_pydantic(
     >>> try:
     ...     Example(lr=-1)
     ... except ValidationError as error:
-    ...     print(from_pydantic(error, where="training"))
-    training.lr=-1 must be above 0.
+    ...     print(from_pydantic(error))
+    lr=-1 must be above 0.
     """
     findings = error.errors(include_url=False)
     first = findings[0]
     unknown = first["type"] == "extra_forbidden"  # whoever gave it chose its name, and it may look like anything
-    place = _place(first["loc"][:-1], _as_given(str(first["loc"][-1]))) if unknown else _place(first["loc"])
-    path = ".".join(filter(None, [where, place]))
+    path = _place(first["loc"][:-1], _as_given(str(first["loc"][-1]))) if unknown else _place(first["loc"])
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, PteeError):  # from a rule, or from settings inside of these
         return _within(path, inner)
     if unknown:
-        return _fault(UnknownName, path, first["input"], f"is unknown.{possible(place, fields)}")
+        return _fault(UnknownName, path, first["input"], f"is unknown.{possible(path, fields)}")
     if first["type"] == "missing":
         return PteeError(f"{path} is missing.", argument=path)
-    of_this = [finding for finding in findings if _place(finding["loc"]) == place]
+    of_this = [finding for finding in findings if _place(finding["loc"]) == path]
     if all(finding["type"] == "literal_error" for finding in of_this):
         choices = [choice for finding in of_this for choice in _choices(finding)]
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")

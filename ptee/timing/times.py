@@ -6,11 +6,12 @@ A run may come from a stranger, so the file is checked as it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -157,10 +158,8 @@ class Times(FrozenConfig):
             "dtype": type_name(like.dtype),
             "device": device.type,
             "backbone": model.plan.backbone,
+            "device_name": device_name(device),
         }
-        self._require_same(own | ({"device_name": device_name(device)}), where)
-
-    def _require_same(self, own: Mapping[str, Any], where: str) -> None:
         for name, value in own.items():
             if (found := getattr(self, name)) != value:
                 words = [", ".join(v) if isinstance(v, tuple) else v for v in (found, value)]
@@ -174,13 +173,7 @@ def unit_of(executor: str, batch: int, device: str) -> str:
 
 def between(rows: Sequence[int], seconds: Sequence[float], batch: int) -> Tensor:
     """(b+1,) the seconds for 0 to b rows: none for 0, and straight lines between those that were measured."""
-    wanted = torch.arange(batch + 1, dtype=torch.float64, device="cpu")
-    known = torch.tensor([0, *rows], dtype=torch.float64, device="cpu")
-    values = torch.tensor([0, *seconds], dtype=torch.float64, device="cpu")
-    right = torch.searchsorted(known, wanted).clamp(1)
-    left = right - 1
-    share = (wanted - known[left]) / (known[right] - known[left])
-    return values[left] + share * (values[right] - values[left])
+    return torch.from_numpy(np.interp(np.arange(batch + 1), [0, *rows], [0, *seconds]))
 
 
 def device_name(device: torch.device) -> str:
