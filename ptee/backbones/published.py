@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ptee._common.errors import BackboneError, PteeError, possible, unknown
 from ptee._common.text import table
@@ -130,15 +130,11 @@ class Advice:
     own: Published
     instead: tuple[tuple[float, str, Published], ...]
     fronts: tuple[tuple[float, Published], ...]
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean, and what is compared."""
-        return (
-            f"{SOURCE.capitalize()}. {MACHINES} allowed: points of accuracy that may be lost. operations: of the network's own. "
-            "All these networks answer in ImageNet's 1,000 classes, and many were chosen by these validation images. They tell "
-            "nothing of a network that was trained further."
-        )
+    legend: ClassVar[str] = (
+        f"{SOURCE.capitalize()}. {MACHINES} allowed: points of accuracy that may be lost. operations: of the network's own. "
+        "All these networks answer in ImageNet's 1,000 classes, and many were chosen by these validation images. They tell "
+        "nothing of a network that was trained further."
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""

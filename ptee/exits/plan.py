@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,10 @@ class Plan:
     times: tuple[float, ...] = ()
     unit: str = ""
     parameter_shares: tuple[float, ...] = ()
+    legend: ClassVar[str] = (
+        "backbone, head cost, cost: fractions of the bare backbone's multiply-accumulates. backbone: up to the exit; cost: of an "
+        "image that\nleaves there, with every head on its way."
+    )
 
     @property
     def head(self) -> str:
@@ -178,14 +182,6 @@ class Plan:
         timed = [f"time: share of {self.unit}, up to the exit"] * bool(self.times)
         sized = [OF_PARAMETERS] * bool(self.parameter_shares)
         return "\n".join([title, *timed, *sized, self._table(differ), *self._notes()])
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean."""
-        return (
-            "backbone, head cost, cost: fractions of the bare backbone's multiply-accumulates. backbone: up to the exit; cost: of an "
-            "image that\nleaves there, with every head on its way."
-        )
 
     def _table(self, differ: bool) -> str:
         """A row for each exit and one for the backbone. The heads have a column where they differ."""

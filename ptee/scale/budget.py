@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class Budget:
     heads_rate: float
     limit: int
     choices: tuple[Choice, ...]
+    legend: ClassVar[str] = (
+        "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
+        "enough;\non several, divide the backbone's part by their number. For heads that pool first they are the backbone's alone; those of the heads come on top."
+        "\ncache: in memory, or on a disk above 1 GiB."
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -99,15 +104,6 @@ class Budget:
         rates = f"{self.backbone_rate:,.0f} images a second through the backbone and {self.heads_rate:,.0f} through the heads"
         head = f"{self.images:,} images, {self.epochs} epochs, {self.views} views; measured on {self.device}: {rates}."
         return f"{head}\n{table([title, *rows], left={0, 5})}\n{self.words}"
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean."""
-        return (
-            "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
-            "enough;\non several, divide the backbone's part by their number. For heads that pool first they are the backbone's alone; those of the heads come on top."
-            "\ncache: in memory, or on a disk above 1 GiB."
-        )
 
 
 def budget(

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,15 +67,11 @@ class ExportedBench:
     model: str
     lines: tuple[ExportedLine, ...]
     note: str = ""
+    legend: ClassVar[str] = LEGEND
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean, a line each."""
-        return LEGEND
 
     def __str__(self) -> str:
         rows = [
