@@ -128,11 +128,7 @@ def require_launch(device: str | torch.device | None) -> None:
 
 
 def require_one_process(what: str) -> None:
-    """Refuse something that only one process does, where this is one of several that train together.
-
-    Raises:
-        PteeError: naming it.
-    """
+    """Refuse something that only one process does, where this is one of several that train together."""
     if {*LAUNCH, *MPI} & os.environ.keys() and (several := process_state().num_processes) > 1:
         raise PteeError(
             f"{what} runs in one process, and {several} were started. Start it without torchrun or accelerate launch."

@@ -23,12 +23,7 @@ STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes for data that can only be 
 
 
 def require_place(source: str | Path) -> bool:
-    """Refuse a data source of which the path alone tells that it is none. Otherwise it is a folder, or else may be a name.
-
-    Raises:
-        DataError: if it is a file, a path where there is nothing, or a folder that a run cannot record or in which the system
-            shows itself.
-    """
+    """Refuse a data source of which the path alone tells that it is none. Otherwise it is a folder, or else may be a name."""
     name, path = str(source), expanded(source)
     if not name.strip():
         raise DataError(f"The name of the data source is empty: {GIVE}.", argument="data", value=source)
@@ -65,11 +60,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds that is not hidden, sorted by name.
-
-    Raises:
-        DataError: if it cannot be listed, or a link in it that may stand for a folder leads to nothing.
-    """
+    """What a folder holds that is not hidden, sorted by name. A link to nothing that may stand for a folder is refused."""
     return [Path(entry.path) for entry in _entries(folder)]
 
 

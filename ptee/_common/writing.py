@@ -86,11 +86,7 @@ def require_page(path: Path, argument: str = "out") -> None:
 
 
 def free_place(folder: str | Path) -> Path:
-    """A folder that can be written.
-
-    Raises:
-        RunError: if there is something in it, or it cannot.
-    """
+    """A folder in which there is nothing and that can be written; any other is refused."""
     target = as_path(folder, "folder")
     settle(target)
     _require_free(target)
@@ -115,9 +111,6 @@ def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
     Args:
         folder: made where it does not exist.
         write_to: writes all into the folder that it is given.
-
-    Raises:
-        RunError: if it cannot be written, or another process has filled it.
     """
     was_there = folder.exists()
     try:
@@ -241,9 +234,6 @@ def locked(
         wait: so many seconds for others.
         instead: what a user can do but wait.
         remedy: as of `replace_files`.
-
-    Raises:
-        RunError: if another one does, or the folder cannot be written.
     """
     places = _own.__dict__.setdefault("places", set())
     if (place := str(folder.resolve())) in places:
@@ -295,12 +285,7 @@ def _lock_of(folder: Path, wait: float, instead: Advice, remedy: str) -> FileLoc
 
 
 def settle(folder: Path) -> None:
-    """Rename what a killed process was renaming into a folder, so that all its files are of one version. Call it before
-    they are read.
-
-    Raises:
-        RunError: if that is not possible.
-    """
+    """Rename what a killed process was renaming into a folder, so that all its files are of one version. Call it before reading."""
     if not _is_being_renamed(folder):
         return
     try:

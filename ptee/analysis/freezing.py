@@ -203,11 +203,7 @@ class Attachment:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Meanwhile the parameters have gradients that had them before `freeze`; afterwards the module is frozen again.
-
-        Raises:
-            PteeError: if none had, or another attachment holds the module, too.
-        """
+        """Meanwhile the parameters have gradients that had them before `freeze`; afterwards the module is frozen again. No other attachment may hold it."""
         if len(_HOLDERS[self._module]) > 1:
             gc.collect()  # a model that nobody has any more may hold it
         if len(_HOLDERS[self._module]) > 1:

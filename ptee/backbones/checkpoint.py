@@ -74,11 +74,7 @@ def refusal(file: str | Path, text: str, *advice: str | Argument) -> BackboneErr
 
 
 def read_checkpoint(file: str | Path) -> Checkpoint:
-    """Open a .safetensors file, the index of several, or what `torch.save` wrote.
-
-    Raises:
-        BackboneError: if the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
-    """
+    """Open a .safetensors file, the index of several, or what `torch.save` wrote."""
     path = Path(file)
     require_weights(path)
     part = SHARD.search(path.name)

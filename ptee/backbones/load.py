@@ -247,9 +247,6 @@ def rebuild(
         weights: load its weights. If false they are random, to be overwritten by those that the run holds, or to be trained.
         saved: the tensors that are to overwrite them. A network of other shapes is refused before it takes memory.
         network: which one of the run it is, for errors.
-
-    Raises:
-        BackboneError: the record has another form, names a model or file that is not there, or cannot be followed.
     """
     with rebuilding(network):
         library, request = checked_record(source)

@@ -98,9 +98,6 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
     """The tensors of a module in a file.
 
     Only the module's names, shapes and types are read, so it may be on the meta device.
-
-    Raises:
-        BackboneError: if the file holds no such network, several that differ, or one with other shapes.
     """
     own, kind = module.state_dict(), type(module).__name__
     convert, found = _converter(module), []

@@ -245,11 +245,7 @@ def _gains(own: Published, fewest: Published, fastest: Published) -> str:
 
 
 def front_of(backbone: Backbone) -> str:
-    """The published network that should answer before a backbone: the most accurate one at `AUTO_FRONT_SHARE` of its operations.
-
-    Raises:
-        BackboneError: if the backbone is no published network of timm with its own weights, or there is none so small.
-    """
+    """The published network that should answer before a backbone: the most accurate one at `AUTO_FRONT_SHARE` of its operations."""
     own = _known(backbone)
     if own is None:
         raise _nothing_known(backbone.name)

@@ -23,9 +23,6 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
 
     Half-precision weights are widened to the module's type. Returns a sentence on which tensors were taken and which were left
     out, or None if there was nothing to choose.
-
-    Raises:
-        BackboneError: if the file has other names or shapes, or values that are not finite.
     """
     match = find_network(checkpoint, module)
     _require_finite(checkpoint, match.tensors, module.state_dict())

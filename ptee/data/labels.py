@@ -41,11 +41,7 @@ class LabelMap:
         return UNKNOWN_LABEL if self.indices is None else self.indices[label]
 
     def require_accuracy(self, wanted: Argument, instead: Argument) -> None:
-        """Refuse `wanted`, which needs true labels, if the labels are in doubt; `instead` needs none.
-
-        Raises:
-            DataError: if there is a doubt.
-        """
+        """Refuse `wanted`, which needs true labels, if the labels are in doubt; `instead` needs none."""
         if self.doubt:
             raise DataError(
                 wanted, f" needs labels under which the backbone is right. {self.doubt} ", *self.remedy, " Or give ", instead, ".",

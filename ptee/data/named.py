@@ -29,10 +29,6 @@ def list_named(name: str, root: Path | None, seed: int = 0) -> Listing:
     """The pictures of "digits", "CIFAR10", "torch/cifar10", "hfds/user/name" and the like.
 
     `root` is the folder that holds torchvision's data set, by default the current one; or the cache of the hub.
-
-    Raises:
-        DataError: if it cannot be read.
-        UnknownName: if there is no data set of that name.
     """
     require_name(name)
     prefix, _, rest = name.partition("/")
@@ -115,12 +111,7 @@ def _open_hub(name: str, root: Path | None) -> tuple[dict[str, Any], dict[str, s
 
 
 def require_name(name: str) -> None:
-    """Refuse what is no name of a data set, without reading any.
-
-    Raises:
-        DataError: if it is a stream.
-        UnknownName: if there is no data set of that name.
-    """
+    """Refuse what is no name of a data set, without reading any."""
     prefix, _, rest = name.partition("/")
     if prefix in STREAMS and rest:
         raise DataError(

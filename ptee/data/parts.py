@@ -123,11 +123,7 @@ def is_parts_folder(folder: Path, kind: str) -> bool:
 
 
 def read_manifest(folder: Path, kind: str) -> Manifest:
-    """The manifest of a folder.
-
-    Raises:
-        DataError: if there is none, it is damaged, or of something else.
-    """
+    """The manifest of a folder."""
     if not is_file(folder / MANIFEST):
         make = "ptee trace" if kind == "traces" else "ptee cache"
         raise DataError(f"{folder!s:.300} holds no {kind}: it has no {MANIFEST}. Make some: {make}.")
@@ -146,11 +142,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
 
 def read_whole(folder: Path, kind: str) -> Manifest:
-    """The manifest of a folder that is finished.
-
-    Raises:
-        DataError: as of `read_manifest`, if parts are missing, or more images cannot be read than it was allowed.
-    """
+    """The manifest of a folder that is finished, and in which no more images than it was allowed cannot be read."""
     manifest = read_manifest(folder, kind)
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
@@ -172,11 +164,7 @@ def _require_few_unreadable(folder: Path, manifest: Manifest) -> None:
 
 
 def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
-    """Tables of some thousand rows with these columns, part by part. Images that cannot be read are left out.
-
-    Raises:
-        DataError: naming the file that is missing, cut off, changed or of another folder.
-    """
+    """Tables of some thousand rows with these columns, part by part, without images that cannot be read. A changed file is refused."""
     pa = arrow()
     for part in sorted(manifest.parts, key=lambda part: part.name):
         rows = 0
@@ -205,11 +193,7 @@ def key_hashes(folder: Path, manifest: Manifest) -> np.ndarray:
 
 
 def numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
-    """The numbers (b, width) of a column of lists, or (b,) if width is 0.
-
-    Raises:
-        DataError: if there are others.
-    """
+    """The numbers (b, width) of a column of lists, or (b,) if width is 0."""
     values = column.flatten() if width else column
     rows = values.to_numpy(zero_copy_only=False)
     if rows.dtype != kind or len(rows) != max(width, 1) * len(column):
@@ -250,11 +234,7 @@ class PartsWriter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
-        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there.
-
-        Raises:
-            RunError: if it cannot be written.
-        """
+        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there."""
         try:
             with writing_in(self.folder) as beside:
                 yield beside
@@ -310,9 +290,6 @@ def parts_writer(
         planned: number of parts.
         limit: the share of images that may be unreadable.
         overwrite: replace parts of other rows.
-
-    Raises:
-        DataError: if another process writes there, the folder holds something else, or too many images are unreadable.
     """
     require_writable(folder)
     with ExitStack() as meanwhile:

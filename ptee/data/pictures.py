@@ -120,11 +120,7 @@ def _is_removed(picture: Any) -> bool:
 
 
 def decode(file: File) -> Image:
-    """The picture in a file, with 8 bits for each value.
-
-    Raises:
-        BrokenPictureError: if the picture cannot be decoded, or its range of values is unknown.
-    """
+    """The picture in a file, with 8 bits for each value; a BrokenPictureError if there is none."""
     try:
         image = _open(file)
         image.load()
@@ -197,9 +193,6 @@ def check_pictures(parts: Iterable[Any]) -> None:
 
     JPEG is decoded at an eighth of its size, which finds the same faults much faster. Other formats are decoded whole. PNG is
     compared with its checksums, too: decoding does not look at those of its palette.
-
-    Raises:
-        UnreadablePicturesError: naming all pictures that cannot be decoded.
     """
     files = list(dict.fromkeys(file for part in parts for file in _files(part)))
     faults = _of_each(_fault, files, "checking pictures")
@@ -217,11 +210,7 @@ def check_pictures(parts: Iterable[Any]) -> None:
 
 @contextmanager
 def all_broken_named(parts: Iterable[Any]) -> Iterator[None]:
-    """If a picture cannot be read meanwhile, name all such pictures of these data sets. Good pictures are not read twice.
-
-    Raises:
-        UnreadablePicturesError: as of `check_pictures`.
-    """
+    """If a picture cannot be read meanwhile, name all such pictures of these data sets. Good pictures are not read twice."""
     try:
         yield
     except BrokenPictureError:

@@ -24,9 +24,6 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
         model: from which the pieces were made.
         pieces: to be checked.
         batches: numbers of rows to try.
-
-    Raises:
-        PteeError: if an answer is another one.
     """
     for b in batches:
         x = random_images(model.backbone, b, model.plan.input_size)

@@ -141,11 +141,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder; each file that it names is there and has its hash.
-
-    Raises:
-        RunError: saying in one line what is wrong.
-    """
+    """The manifest of a folder; each file that it names is there and has its hash."""
     file = folder / MANIFEST
     settle(folder)
     if not is_file(file):

@@ -234,12 +234,7 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
 
 
 def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
-    """What runs a file by ONNX Runtime.
-
-    Raises:
-        PteeError: if ONNX Runtime is missing, or the device is not there.
-        RunError: if the file is none of its models.
-    """
+    """What runs a file by ONNX Runtime."""
     try:
         import onnxruntime
     except ImportError as why:

@@ -81,9 +81,6 @@ def segments(model: EarlyExitModel, *, keep_logits: bool = False, ahead: int = 0
         keep_logits: hand on the logits of each exit to all later pieces, for a confidence or a blend that reads them.
         ahead: how many products (convolutions, linear layers) of the next piece all rows go through while it is decided who
             leaves.
-
-    Raises:
-        PteeError: if torch.export cannot capture the model, or rows and something else are mixed in one axis at a cut.
     """
     return _Splitter(captured(model), keep_logits, ahead).pieces()
 

@@ -63,9 +63,6 @@ class Blend:
         Args:
             on: the exits that are on.
             exits: E.
-
-        Raises:
-            PteeError: saying what to do.
         """
         wanted = [(n, on[:k]) for k, n in enumerate(on)] + [(exits, on)] * self.to_the_end
         if any(key not in self.weights for key in wanted):

@@ -357,11 +357,7 @@ def _mean(total: float, n: float) -> float | None:
 
 
 def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
-    """A monitor of a model, for the promise that is given, or else for the one that the model was tuned for.
-
-    Raises:
-        PteeError: if the model has a monitor already, or nothing is promised.
-    """
+    """A monitor of a model, for the promise that is given, or else for the one that the model was tuned for."""
     if model.monitored is not None and model.monitored.model is model:  # else it watches what this is a copy of
         raise PteeError("This model has a monitor already: model.monitored. Stop it first: model.monitored.stop().")
     made = Monitor(model, settings, _promise_of(model, settings))

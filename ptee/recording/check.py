@@ -24,9 +24,6 @@ def check_recorded(pieces: Buckets) -> None:
 
     Args:
         pieces: recorded, to be checked as they are.
-
-    Raises:
-        PteeError: if an answer is another one.
     """
     model, largest = pieces.model, pieces.sizes[-1]
     ends = len(model.exits) + 1
@@ -53,9 +50,6 @@ def check_size(pieces: Buckets, size: int, allowed: float = 1.0) -> None:
         pieces: recorded for batches of this size.
         size: of the batches.
         allowed: times the tolerance of the number type.
-
-    Raises:
-        PteeError: if an answer is another one.
     """
     model = pieces.model
     ends = len(model.exits) + 1

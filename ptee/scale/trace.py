@@ -108,11 +108,7 @@ def tell_labels(labels: LabelMap | None, log: Log | None, word: Callable[[Argume
 
 
 def engine_of(engine: str, workers: int) -> Any:
-    """What makes parts, if it can be used here.
-
-    Raises:
-        PteeError: if there is no such engine, it is not installed, or the number of workers is wrong.
-    """
+    """What makes parts, if it can be used here."""
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES, argument="engine")
     if workers < 1:
@@ -174,11 +170,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 def with_classes(
     job: Job, model: EarlyExitModel, source: Source, classes: str | Path | None
 ) -> tuple[Job, LabelMap | None]:
-    """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes.
-
-    Raises:
-        DataError: if the classes are not those of the run, or a file of classes not the backbone's.
-    """
+    """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes."""
     names, found = classes_of_run(model.results, model.num_classes), source.class_names
     if not found:
         every = names if classes is None else read_names(classes)

@@ -30,9 +30,6 @@ class OnnxModel:
 
     Attributes:
         model: the same.
-
-    Raises:
-        PteeError: if ONNX Runtime is missing, the model is elsewhere, or it cannot be exported.
     """
 
     def __init__(self, model: EarlyExitModel) -> None:

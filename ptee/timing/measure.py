@@ -128,11 +128,7 @@ def measure(
 
 
 def require_executor(name: str, device: torch.device) -> None:
-    """Refuse an executor that cannot run on a device, before a training whose thresholds it is to choose.
-
-    Raises:
-        PteeError: naming what is missing.
-    """
+    """Refuse an executor that cannot run on a device, before a training whose thresholds it is to choose."""
     if name == GRAPHS and device.type != "cuda":
         raise PteeError(
             f"CUDA graphs need an NVIDIA GPU, and this runs on {device.type}. Give ", Argument("executor", HOOKS), "."

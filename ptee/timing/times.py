@@ -123,11 +123,7 @@ class Times(FrozenConfig):
         return there[wanted]
 
     def at(self, batch: int, executor: str = AUTO) -> BatchTimes:
-        """The times of a batch, as fractions of the bare backbone's by the same executor.
-
-        Raises:
-            PteeError: if no batch so large was measured.
-        """
+        """The times of a batch, as fractions of the bare backbone's by the same executor."""
         if not 1 <= batch <= self.rows[-1]:
             raise PteeError(
                 Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. "
@@ -146,11 +142,7 @@ class Times(FrozenConfig):
         return f"Measure again: ptee bench RUN --executor {','.join(executors)} --batch-sizes {max(batch, self.rows[-1])} --save"
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
-        """Refuse times of other exits, another number type or another kind of device than a model has now.
-
-        Raises:
-            PteeError: naming what differs.
-        """
+        """Refuse times of other exits, another number type or another kind of device than a model has now."""
         like = one_parameter(model.backbone)
         own = {
             "exits": tuple(e.name for e in model.exits),
@@ -211,11 +203,7 @@ def save_times(times: Times, folder: Path) -> None:
 
 
 def read_times(folder: Path) -> Times:
-    """The times that a run keeps.
-
-    Raises:
-        RunError: if there are none, or they are damaged or of a newer version.
-    """
+    """The times that a run keeps."""
     file, again = require_kept_times(folder), with_run(AGAIN, folder)
     try:
         values = read_object(file, LARGEST_FILE)
@@ -233,11 +221,7 @@ def read_times(folder: Path) -> Times:
 def times_for(
     folder: Path, model: EarlyExitModel, device: torch.device, batch: int, executor: str = AUTO
 ) -> BatchTimes:
-    """The times that a run keeps, for batches of one size.
-
-    Raises:
-        PteeError: if it keeps none, or those of other exits, another number type or another device.
-    """
+    """The times that a run keeps, for batches of one size."""
     times = read_times(folder)
     with about_run(folder):
         times.require_of(model, device, f"{folder / FILE}")
