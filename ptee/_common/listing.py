@@ -107,15 +107,8 @@ def tar_members(
 ) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
     """The visible members of a tar file and of the tar files inside it: names from the top, member, offset in the file.
 
-    Args:
-        path: of the file, for messages.
-        stream: the file, or a tar file inside it.
-        above: names around this one.
-        start: where it begins in the file.
-
-    Raises:
-        tarfile.TarError: if it is damaged.
-        DataError: if another tar file was written behind it.
+    `stream` is the file, or a tar file inside it with the names `above` around it, which begins at `start`. A damaged one raises
+    tarfile.TarError.
     """
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         # the last of a name

@@ -106,11 +106,7 @@ def _require_free(target: Path) -> None:
 def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
     """Fill a `free_place` with files and folders, all or none: they are written inside of it, and then renamed.
 
-    If the process is killed meanwhile, the next `free_place` clears what it left, or makes the rest new.
-
-    Args:
-        folder: made where it does not exist.
-        write_to: writes all into the folder that it is given.
+    If the process is killed meanwhile, the next `free_place` clears what it left, or makes the rest new. `write_to` writes all into the folder that it is given.
     """
     was_there = folder.exists()
     try:

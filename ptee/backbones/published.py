@@ -82,12 +82,8 @@ def _row(line: dict[str, str]) -> Published:
 
 
 def find_published(name: str, side: int | None = None) -> Published | None:
-    """The row of a network, or None. A name without a tag has timm's default weights.
-
-    Args:
-        name: as timm calls it, with or without `timm/`.
-        side: of the images, in pixels; of several rows the nearest is taken, by default the smallest.
-    """
+    """The row of a network, by timm's name of it with or without `timm/`; None if there is none. Without a tag it has timm's default
+    weights. Of several rows that with images nearest to `side` pixels is taken, by default the smallest."""
     name = name.removeprefix("timm/")
     if "." not in name:
         name = _with_default_tag(name)

@@ -214,12 +214,7 @@ def classes_of_run(metrics: Any, num_classes: int) -> list[str]:
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
     """The classes that a run or an exported model recorded, if the data have some of them; None if the data call theirs otherwise.
 
-    Args:
-        found: names in the data.
-        recorded: their names, in the backbone's order.
-
-    Raises:
-        DataError: if the data have some of the names and others beside them: numbered anew, all labels could be others.
+    Data that have some of the names and others beside them are refused: numbered anew, all labels could be others.
     """
     known = {spelt(name) for name in recorded}
     strange = [name for name in found if spelt(name) not in known]

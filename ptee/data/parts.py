@@ -283,13 +283,8 @@ def parts_writer(
 ) -> Iterator[PartsWriter]:
     """Meanwhile no other process writes into the folder. Whole parts of the same rows that are there are kept.
 
-    Args:
-        folder: new, empty, or begun with the same `about`.
-        kind: "traces" or "cache".
-        about: what the rows are of, JSON-able.
-        planned: number of parts.
-        limit: the share of images that may be unreadable.
-        overwrite: replace parts of other rows.
+    `about` says what the rows are of, JSON-able; parts of others are refused, or replaced with `overwrite`. `limit`: the share of
+    images that may be unreadable.
     """
     require_writable(folder)
     with ExitStack() as meanwhile:

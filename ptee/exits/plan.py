@@ -138,22 +138,14 @@ class Plan:
         return tuple(n for n in sorted(self.off) if n >= last)  # those before it are run for its sake
 
     def switched_off(self, off: Sequence[int]) -> Plan:
-        """The same plan with these exits off and all others on.
-
-        Args:
-            off: their numbers.
-        """
+        """The same plan with these exits off and all others on."""
         plan = replace(self, off=tuple(sorted(off)))
         heads = accumulate(0.0 if n in plan.skipped else e.head_cost for n, e in enumerate(self.exits))
         rows = [replace(e, cost=e.backbone_cost + passed) for e, passed in zip(self.exits, heads, strict=True)]
         return replace(plan, exits=tuple(rows))
 
     def with_confidence(self, name: str) -> Plan:
-        """The same plan where rows leave by another confidence.
-
-        Args:
-            name: a key of `CONFIDENCES`.
-        """
+        """The same plan where rows leave by another confidence."""
         return replace(self, confidence=name).switched_off(self.off)
 
     @property

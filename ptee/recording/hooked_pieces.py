@@ -30,11 +30,7 @@ from ptee.recording.memory import Memory
 
 
 class HookedPieces(Buckets):
-    """Runs batches through pieces that were recorded through the hooks.
-
-    Args:
-        model, max_batch, example: as of `Buckets`.
-    """
+    """Runs batches through pieces that were recorded through the hooks."""
 
     how = "through the hooks of"
 

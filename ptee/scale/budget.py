@@ -109,15 +109,7 @@ class Budget:
 def budget(
     model: EarlyExitModel, images: int, config: TrainingConfig, device: torch.device, limit: int = LIMIT
 ) -> Budget:
-    """What a training of a model's heads takes. A few batches run on the device for it.
-
-    Args:
-        model: with untrained heads. Afterwards it is as it was, in eval mode.
-        images: number of training images.
-        config: the settings of the training.
-        device: where the training would run.
-        limit: bytes that a cache may take.
-    """
+    """What a training of a model's untrained heads takes. A few batches run on the device; then the model is as it was, in eval mode."""
     config = config.resolved()
     epochs = epochs_for(images, config.batch_size) if config.epochs == "auto" else int(config.epochs)
     views = 2 if config.views == "auto" else int(config.views)

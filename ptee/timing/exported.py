@@ -25,11 +25,7 @@ from ptee.timing.laps import Mark
 class OnnxModel:
     """An early-exit model that ONNX Runtime runs, in as many threads as torch has. Its files are gone when it is made.
 
-    Args:
-        model: on a CPU. It stays as it is, and its later settings have no effect here.
-
-    Attributes:
-        model: the same.
+    The model is on a CPU. It stays as it is, and its later settings have no effect here.
     """
 
     def __init__(self, model: EarlyExitModel) -> None:

@@ -90,15 +90,7 @@ class ExportedBench:
 def bench_exported(
     runner: Runner, batch_sizes: Sequence[int], images: Tensor | None = None, *, rounds: int = 7, note: str = ""
 ) -> ExportedBench:
-    """Time an exported model.
-
-    Args:
-        runner: as of `load_exported`.
-        batch_sizes: each up to the largest of a batch.
-        images: (n, c, h, w) real ones, in the order in which they would come.
-        rounds: how often each is timed.
-        note: why there are no images, in a sentence.
-    """
+    """Time an exported model: also on real images (n, c, h, w), in the order in which they would come, or `note` says why not."""
     m, device = runner.manifest, torch.device(runner.device)
     rows = sizes_to_measure(list(batch_sizes))
     laps = {n: [partial(runner_laps, runner, _example(runner, n))] for n in rows}

@@ -138,15 +138,9 @@ def bench_run(
     rounds: int = 7,
     note: str = "",
 ) -> RunBench:
-    """Time a model by each executor whose pieces were measured.
+    """Time a model by each executor whose pieces were measured, in batches up to the largest that was.
 
-    Args:
-        model: trained, with its thresholds.
-        times: of its pieces.
-        batch_sizes: each up to the largest that was measured.
-        images: (n, c, h, w) real ones, in the order in which they would come.
-        rounds: how often each is timed.
-        note: why there are no images, in a sentence.
+    `images` are real ones (n, c, h, w), in the order in which they would come; without any, `note` says why.
     """
     view, most = all_on(model), max(batch_sizes)
     every = [m.executor for m in times.executors]
