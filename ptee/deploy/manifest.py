@@ -111,19 +111,13 @@ class Manifest(FrozenConfig):
         channels, height, width = self.input_size
         if channels * height * width > LARGEST_IMAGE:
             raise PteeError(f"input_size={list(self.input_size)} is larger than images can be.")
-        if (
-            len(self.costs) != exits + 1
-            or len(self.thresholds) != exits
-            or {len(self.mean), len(self.std)} - {1, channels}
-        ):
+        sizes = len(self.costs), len(self.thresholds)
+        if sizes != (exits + 1, exits) or {len(self.mean), len(self.std)} - {1, channels}:
             raise PteeError("costs, thresholds, mean or std do not fit the exits and channels.")
         if self.class_names and len(self.class_names) != self.classes:
             raise PteeError("there are other class_names than classes.")
-        if (
-            order[-1] != -1
-            or order[:-1] != sorted({*order[:-1]} & {*range(exits)})
-            or not {*self.off} <= {*range(exits)}
-        ):
+        every = {*range(exits)}
+        if order[-1] != -1 or order[:-1] != sorted({*order[:-1]} & every) or not {*self.off} <= every:
             raise PteeError("pieces and exits that are off do not fit the exits.")
         return self
 

@@ -215,7 +215,8 @@ class OptimizedModel(nn.Module):
     def _keep_up(self) -> None:
         """Take the model apart again if its settings, weights or modules are others by now."""
         if not (self._same_settings() and self._made_of.unchanged()):
-            if example_images(self.model, 1).dtype != self._example.dtype or self._elsewhere():
+            now = example_images(self.model, 1)
+            if (now.dtype, now.device) != (self._example.dtype, self._example.device):
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
             self._bare.clear()
             self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
@@ -232,9 +233,6 @@ class OptimizedModel(nn.Module):
     @property
     def _on_gpu(self) -> bool:
         return self._example.device.type == "cuda"
-
-    def _elsewhere(self) -> bool:
-        return one_parameter(self.model.backbone).device != self._example.device
 
     def _made(self) -> Buckets:
         try:
