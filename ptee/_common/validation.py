@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -23,7 +24,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import ParamSpec, Self
 
-from ptee._common.errors import Argument, PteeError, UnknownName, ended_worker, possible
+from ptee._common.errors import Argument, PteeError, RunError, UnknownName, ended_worker, first_line, possible
+from ptee._common.files import read_object
 from ptee._common.text import as_shares, printable, shown
 
 P = ParamSpec("P")
@@ -88,6 +90,27 @@ class FrozenConfig(BaseModel):
     def changed(self, **changes: Any) -> Self:
         """A checked copy with some fields changed. Fields that were never set still follow their default."""
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+
+C = TypeVar("C", bound=FrozenConfig)
+
+
+def read_record(kind: type[C], file: Path, largest: int, schema: int, again: str) -> tuple[C, dict[str, Any]]:
+    """A record of ptee's in a file of at most so many bytes, of this schema or an older one; and its values as they stand there.
+
+    `again` says how to make another, where it is damaged.
+    """
+    try:
+        values = read_object(file, largest)
+    except (OSError, ValueError) as why:
+        raise RunError(f"{file} cannot be read: {first_line(why)} {again}") from why
+    version = values.get("schema_version")
+    if isinstance(version, int) and version > schema:
+        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {schema}. Upgrade ptee.")
+    try:
+        return kind(**values), values
+    except PteeError as why:
+        raise RunError(f"{file}: {why} {again}") from why
 
 
 def checked_with(also: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:

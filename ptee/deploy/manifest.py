@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import file_hash, is_file, read_object
-from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole
+from ptee._common.errors import PteeError, RunError
+from ptee._common.files import file_hash, is_file
+from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole, read_record
 from ptee._common.writing import settle
 from ptee.backbones.library import LEAST_STD
 
@@ -140,26 +140,12 @@ def read_manifest(folder: Path) -> Manifest:
     settle(folder)
     if not is_file(file):
         raise RunError(f"{folder!s:.200} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
-    values = _read(file)
-    version = values.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA:
-        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
-    try:
-        found = Manifest(**values)
-    except PteeError as why:
-        raise RunError(f"{file}: {why} {AGAIN}") from why
+    found, values = read_record(Manifest, file, LARGEST_MANIFEST, SCHEMA, AGAIN)
     if found.fingerprint != fingerprint(values):
         raise RunError(f"{file} was changed. Only thresholds may be changed by hand. {AGAIN}")
     for piece in found.pieces:
         _require_whole(folder / piece.file, piece.sha256)
     return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return read_object(file, LARGEST_MANIFEST)
-    except (OSError, ValueError) as why:
-        raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
 
 
 def _require_whole(file: Path, expected: str) -> None:

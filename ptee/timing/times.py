@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError, RunError, about_run, first_line, warn
-from ptee._common.files import read_object, to_json
+from ptee._common.errors import Argument, PteeError, about_run, warn
+from ptee._common.files import to_json
 from ptee._common.text import type_name, with_run
-from ptee._common.validation import FrozenConfig, Name, Number, Whole
+from ptee._common.validation import FrozenConfig, Name, Number, Whole, read_record
 from ptee._common.writing import write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
@@ -204,18 +204,7 @@ def save_times(times: Times, folder: Path) -> None:
 
 def read_times(folder: Path) -> Times:
     """The times that a run keeps."""
-    file, again = require_kept_times(folder), with_run(AGAIN, folder)
-    try:
-        values = read_object(file, LARGEST_FILE)
-    except (OSError, ValueError) as why:
-        raise RunError(f"{file} cannot be read: {first_line(why)} {again}") from why
-    version = values.get("schema_version")
-    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA:
-        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
-    try:
-        return Times(**values)
-    except PteeError as why:
-        raise RunError(f"{file}: {why} {again}") from why
+    return read_record(Times, require_kept_times(folder), LARGEST_FILE, SCHEMA, with_run(AGAIN, folder))[0]
 
 
 def times_for(
