@@ -30,7 +30,6 @@ from ptee.backbones.library import (
     MOST_CLASSES,
     Built,
     InputConfig,
-    Known,
     ModelRequest,
     checked_size,
     per_channel,
@@ -182,7 +181,8 @@ def _load(library: str, request: ModelRequest, saved: Checkpoint | None = None) 
     note = None if checkpoint is None else load_weights(built.module, checkpoint)
     config = _override(built.known.input, request)
     classes = _count_classes(built.module, config, request)
-    architecture, space = _record(built, library, config, classes), _label_space(built.known, classes)
+    architecture, known = _record(built, library, config, classes), built.known
+    space = known.label_space if known.num_classes == classes else None
     source = architecture and _with_origin(architecture, request, built)
     return Backbone(built.module, request.label, classes, config, source, space, note, architecture)
 
@@ -202,7 +202,7 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
     if known and known.assumed and request.input_size is None and classes != known.num_classes:
         text = f"{request.label} of {classes} classes may take any input size. "
         raise BackboneError(text, *GIVE_SIZE, argument="input_size")
-    space = _label_space(known, classes) if known else None
+    space = known.label_space if known and known.num_classes == classes else None
     pixels = known is not None or None not in (request.mean, request.std)
     return Backbone(module, request.label, classes, config, None, space, note, pixels_known=pixels)
 
@@ -228,10 +228,6 @@ def _count_classes(module: nn.Module, config: InputConfig, request: ModelRequest
         advice = ("Leave ", Argument("num_classes"), " out.")
         raise BackboneError(text, *advice, argument="num_classes", value=request.num_classes)
     return classes
-
-
-def _label_space(known: Known, classes: int) -> str | None:
-    return known.label_space if known.num_classes == classes else None
 
 
 def rebuild(

@@ -251,15 +251,12 @@ class PartsWriter:
 
     def _add(self, part: Part, faults: list[dict[str, str]]) -> None:
         if faults:
-            self._name_unreadable(faults)
+            file = self.folder / UNREADABLE
+            before = read_object(file, LARGEST_MANIFEST)["images"] if is_file(file) else []
+            write_json(file, {"images": [row for row in before if row not in faults] + faults})
         self.manifest.parts.append(part)
         write_json(self.folder / MANIFEST, self.manifest.model_dump(mode="json"))
         _require_few_unreadable(self.folder, self.manifest)
-
-    def _name_unreadable(self, faults: list[dict[str, str]]) -> None:
-        file = self.folder / UNREADABLE
-        before = read_object(file, LARGEST_MANIFEST)["images"] if is_file(file) else []
-        write_json(file, {"images": [row for row in before if row not in faults] + faults})
 
 
 def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
@@ -298,28 +295,24 @@ def parts_writer(
 
 
 def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limit: float, overwrite: bool) -> Manifest:
-    found = _begun_or_new(folder, kind, about, planned, overwrite)
+    """The manifest of a folder that was begun with the same rows, else a new one; it is written."""
+    as_read = from_json(to_json(dict(about)))
+    found = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
+    if is_parts_folder(folder, kind):
+        old = read_manifest(folder, kind)
+        if overwrite:
+            for part in old.parts:
+                shutil.rmtree(folder / part.name, ignore_errors=True)
+            (folder / UNREADABLE).unlink(missing_ok=True)
+        else:
+            _require_alike(folder, old, found)
+            found = old
+    elif others := [path.name for path in folder.iterdir() if not is_left_over(path.name)]:
+        raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
     found.max_unreadable = min(1.0, limit)
     _require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
     write_json(folder / MANIFEST, found.model_dump(mode="json"))
     return found
-
-
-def _begun_or_new(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, overwrite: bool) -> Manifest:
-    as_read = from_json(to_json(dict(about)))
-    new = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
-    others = [path.name for path in folder.iterdir() if not is_left_over(path.name)]
-    if is_parts_folder(folder, kind):
-        old = read_manifest(folder, kind)
-        if not overwrite:
-            _require_alike(folder, old, new)
-            return old
-        for part in old.parts:
-            shutil.rmtree(folder / part.name, ignore_errors=True)
-        (folder / UNREADABLE).unlink(missing_ok=True)
-    elif others:
-        raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
-    return new
 
 
 def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:

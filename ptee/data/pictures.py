@@ -122,9 +122,7 @@ def _is_removed(picture: Any) -> bool:
 def decode(file: File) -> Image:
     """The picture in a file, with 8 bits for each value; a BrokenPictureError if there is none."""
     try:
-        image = _open(file)
-        image.load()
-        return eight_bits(image)
+        return _decoded(_read(file))
     except DataError as why:
         raise BrokenPictureError(f"Picture '{file.words}' cannot be used: {why}") from why
     except Exception as why:  # whatever Pillow raises
@@ -138,14 +136,10 @@ def decode_bytes(content: bytes) -> Image:
     Raises:
         DataError: saying in a few words why it cannot be decoded.
     """
-    from PIL import Image
-
     if (scans := scans_of(content)) > SCANS:
         raise DataError(f"it has {scans:,} scans, and {SCANS} are read at most")
     try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
-        image.load()
-        return eight_bits(image)
+        return _decoded(BytesIO(content))
     except DataError:
         raise
     except Exception as why:  # whatever Pillow raises
@@ -170,14 +164,16 @@ def _reason(error: Exception) -> str:
     return NOT_A_FILE if str(error) == NOT_A_FILE else "damaged"
 
 
-def _open(file: File) -> Image:
-    """The picture, not yet decoded. Its bytes are read first, so that no file stays open."""
+def _decoded(encoded: BytesIO) -> Image:
     from PIL import Image
 
-    return Image.open(_read(file), formats=FORMATS)
+    image = Image.open(encoded, formats=FORMATS)
+    image.load()
+    return eight_bits(image)
 
 
 def _read(file: File) -> BytesIO:
+    """All of its bytes, so that no file stays open."""
     found = Path(file.path).stat()
     if not stat.S_ISREG(found.st_mode):  # reading a named pipe would wait for ever
         raise OSError(NOT_A_FILE)

@@ -217,7 +217,7 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
                 yield from of_members(f"{name}/{before}", found)
                 found = {}
             before = key
-            if is_wanted(ending):
+            if ending.lower() in LABEL_FILES or is_picture(ending):
                 content = tar.extractfile(member)
                 assert content is not None
                 found[ending.lower()] = content.read()
@@ -228,11 +228,6 @@ def _split(name: str) -> tuple[str, str]:
     """The key of a member and its ending: `a/7.seg.png` is `seg.png` of `a/7`."""
     match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
     return (match[1], match[2]) if match else ("", "")
-
-
-def is_wanted(ending: str) -> bool:
-    """Whether a member of a shard is a picture or a label."""
-    return ending.lower() in LABEL_FILES or is_picture(ending)
 
 
 def is_picture(ending: str) -> bool:

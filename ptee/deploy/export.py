@@ -42,6 +42,9 @@ BATCHES = (1, 2, 7, 32)  # that are tried before anything is written
 SAME = 1e-4  # share of the largest logit
 EXAMPLE_ROWS = 5
 FOR_EACH_EXIT = 7  # the batch that is answered once more for each exit
+PIXELS_IN_CARD = """
+`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes ImageNet's.
+"""
 NEAR, FROM_THE_ENDS = 1e-6, 1e-5  # a confidence so near to a threshold may round to either side of it
 
 
@@ -269,10 +272,4 @@ runner = ptee.load_exported(".")
 out = runner.predict(images)     # .logits .exit_index .confidence .cost
 runner.threshold = 0.7
 ```
-{_about_pixels(model)}"""
-
-
-def _about_pixels(model: EarlyExitModel) -> str:
-    if model.origin.pixels_known:
-        return ""
-    return "\n`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes ImageNet's.\n"
+{"" if model.origin.pixels_known else PIXELS_IN_CARD}"""

@@ -198,13 +198,10 @@ class Monitor:
             began = time.perf_counter()
             bare = torch.cat([self.model.bare(some).argmax(-1) for some in images[left].split(at_once)])
             differs[left] = bare != answers[left]
-            self._spent(time.perf_counter() - began)
+            with self._lock:
+                self._seconds += time.perf_counter() - began
         found: list[bool] = differs.tolist()
         return found
-
-    def _spent(self, seconds: float) -> None:
-        with self._lock:
-            self._seconds += seconds
 
     def _see(self, differs: Sequence[bool], rows: Sequence[int]) -> None:
         raised = False

@@ -94,12 +94,8 @@ class Memory(TorchDispatchMode):
             raise PteeError(f"{func} reads what depends on the images and went past an exit")
         if made is not None and memory not in self._of_images and memory not in self.constants:
             with self.unwatched():
-                self.constants[memory] = _bytes_of(tensor)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """All of a tensor's memory."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+                empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+                self.constants[memory] = empty.set_(tensor.untyped_storage())  # all of its bytes
 
 
 def _asks(func: Any, args: Sequence[Any]) -> bool:

@@ -243,18 +243,16 @@ class OptimizedModel(nn.Module):
                 raise
             return self._through_hooks(why)
         by = compiled if self.mode == COMPILE else None
-        made = self._within_limit(ExportedPieces(self.model, pieces, self.max_batch, self._example, by))
+        made = ExportedPieces(self.model, pieces, self.max_batch, self._example, by)
+        made.budget.limit = self._limit
         if by or self._on_gpu:  # else pieces run as they were checked
             made.check = partial(check_size, allowed=COMPILED if by else 1.0)
         return made
 
-    def _within_limit(self, made: Buckets) -> Buckets:
-        made.budget.limit = self._limit
-        return made
-
     def _through_hooks(self, why: PteeError) -> Buckets:
         """Pieces for a model that cannot be captured, and why it cannot."""
-        made = self._within_limit(HookedPieces(self.model, self.max_batch, self._example))
+        made = HookedPieces(self.model, self.max_batch, self._example)
+        made.budget.limit = self._limit
         try:
             check_recorded(made)
         except PteeError as other:
