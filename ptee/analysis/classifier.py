@@ -113,9 +113,8 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
 
     Errors call the network by `name`.
     """
-    like = next(
-        (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0, device="cpu")
-    )
+    kept = [*module.parameters(), *module.buffers()]
+    like = next((t for t in kept if t.is_floating_point()), torch.empty(0, device="cpu"))
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
     before, buffers = modes(module), KeptBuffers(module)
     try:

@@ -185,9 +185,8 @@ class Attachment:
         if self.learns:
             return
         parts, leaves, owned, children = self._noted
-        if (
-            any(leaves) or list(chain.from_iterable(map(dict.values, owned))) != children
-        ):  # another part is there, or gone
+        changed = any(leaves) or list(chain.from_iterable(map(dict.values, owned))) != children
+        if changed:  # another part is there, or one is gone
             self._state.note(self._module)
             parts = self._note_parts()
         if any(map(_TRAINING, parts)):

@@ -120,9 +120,7 @@ def _add(digest: hashlib._Hash, name: str, value: Any) -> None:
         digest.update(f"{name}\0{value!r}\0".encode())
         return
     digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-    if is_traceable_wrapper_subclass(
-        value
-    ):  # torchao's quantised weights: they have no bytes of their own, but their parts have
+    if is_traceable_wrapper_subclass(value):  # torchao's quantised weights: only their parts have bytes
         for part in value.__tensor_flatten__()[0]:
             _add(digest, part, getattr(value, part))
         return

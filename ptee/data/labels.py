@@ -139,9 +139,8 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
 
 def _listed(classes: Any) -> list[str]:
     """The names in a list of the user's."""
-    if isinstance(classes, Mapping | Set | bytes | bytearray) or not isinstance(
-        classes, Iterable
-    ):  # no order, or no names
+    unordered = isinstance(classes, Mapping | Set | bytes | bytearray)  # or not of names
+    if unordered or not isinstance(classes, Iterable):
         text = f"classes={classes!r:.60} must be a list of the backbone's class names in its order, or a file of them."
         raise DataError(text, argument="classes", value=classes)
     _require_names(names := list(classes), LIST)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's; it gives some others to other programs
 SIXTEEN_BITS = 65535
 LONGEST_SIDE = (
-    100  # times the shorter one: a picture is resized whole, so a thin one of few bytes would fill the memory
+    100  # times the shorter one: pictures are resized whole, so a thin one of few bytes could fill the memory
 )
 
 SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten

@@ -90,9 +90,7 @@ class Manifest(FrozenConfig):
     std: tuple[Annotated[Number, Field(ge=LEAST_STD)], ...]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     classes: Count
-    class_names: Annotated[
-        tuple[Name, ...], Field(max_length=10**6)
-    ] = ()  # in the order of the logits; empty if not known
+    class_names: Annotated[tuple[Name, ...], Field(max_length=10**6)] = ()  # by the logits; empty if not known
     exits: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     costs: tuple[Annotated[Number, Field(ge=0)], ...]
     thresholds: tuple[Number, ...]

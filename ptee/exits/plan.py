@@ -177,21 +177,15 @@ class Plan:
 
     def _table(self, differ: bool) -> str:
         """A row for each exit and one for the backbone. The heads have a column where they differ."""
-        heads = ["head"] if differ else []
-        timed = [f"{t:.4f}" for t in (*self.times, 1.0)] if self.times else []
-        sized = [f"{p:.4f}" for p in (*self.parameter_shares, 1.0)] if self.parameter_shares else []
-        shares = (*["time"] * bool(timed), *["of parameters"] * bool(sized), "backbone")
-        title = ("exit", "module", "shape", *heads, *shares, "head cost", "cost", "parameters")
-        rows = [
-            (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), *timed[n : n + 1], *sized[n : n + 1], f"{e.backbone_cost:.4f}",
-             f"{e.head_cost:.4f}", f"{e.cost:.4f}", f"{e.parameters:,}")
-            for n, (e, cut) in enumerate(zip(self.exits, self.cuts, strict=True))
-        ]  # fmt: skip
-        end = (
-            str(len(self.exits)), "(backbone)", str(self.classes), *([""] if differ else []), *timed[-1:], *sized[-1:], "1.0000", "",
-            f"{self.final_cost:.4f}", f"{self.parameters:,}",
-        )  # fmt: skip
-        return table([title, *rows, end], left={1})
+        more = {"head": [*(e.head for e in self.exits), ""]} if differ else {}
+        for name, shares in {"time": self.times, "of parameters": self.parameter_shares}.items():
+            more |= {name: [f"{share:.4f}" for share in (*shares, 1.0)]} if shares else {}
+        rows = [("exit", "module", "shape", *more, "backbone", "head cost", "cost", "parameters")]
+        for n, (e, cut) in enumerate(zip(self.exits, self.cuts, strict=True)):
+            costs = (f"{cost:.4f}" for cost in (e.backbone_cost, e.head_cost, e.cost))
+            rows.append((str(n), e.name, _shape(e, cut), *(c[n] for c in more.values()), *costs, f"{e.parameters:,}"))
+        end = (*(c[-1] for c in more.values()), "1.0000", "", f"{self.final_cost:.4f}", f"{self.parameters:,}")
+        return table([*rows, (str(len(self.exits)), "(backbone)", str(self.classes), *end)], left={1})
 
     def _notes(self) -> Iterator[str]:
         yield from (self._why_too_expensive(n) for n, e in enumerate(self.exits) if e.cost >= 1 and n not in self.off)

@@ -69,9 +69,8 @@ class OptimizedModel(nn.Module):
         self.eval()
 
     def __getstate__(self) -> Any:
-        raise PteeError(
-            "An optimized model cannot be copied or pickled. Copy its .model, and call ptee.optimize on the copy."
-        )
+        text = "An optimized model cannot be copied or pickled. Copy its .model, and call ptee.optimize on the copy."
+        raise PteeError(text)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModel:
         """What `to`, `half` and `cuda` call."""

@@ -144,8 +144,5 @@ def _column(values: Tensor, readable: np.ndarray) -> Any:
     rows = np.ascontiguousarray(values.cpu().numpy())
     rows[~readable] = 0
     flat = pa.array(rows.reshape(-1))
-    return (
-        flat
-        if rows.shape[1] == 1 and rows.dtype == np.int16
-        else pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
-    )
+    is_number = rows.shape[1] == 1 and rows.dtype == np.int16
+    return flat if is_number else pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
