@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,22 +13,28 @@ from ptee._common.devices import wait
 from ptee._common.progress import with_bar
 
 NOISY = 0.5  # of the median
+Key = TypeVar("Key")
+
+
+def turns(keys: Sequence[Key], rounds: int, seconds: float, doing: str) -> Iterator[tuple[int, Key]]:
+    """Each key in every round, with the number of the round; 0 is for warming up.
+
+    After `seconds` no further round begins, but three do in any case.
+    """
+    begun = time.perf_counter()
+    for i, (n, key) in with_bar([(i, turn) for i in range(rounds + 1) for turn in enumerate(keys)], doing):
+        if i > 3 and n == 0 and time.perf_counter() - begun > seconds:
+            return
+        yield i, key
 
 
 def in_turns(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int = 7, seconds: float = 20.0
 ) -> dict[str, list[float]]:
-    """Seconds of each call in every round. A first round is not counted.
-
-    The clock is read when the device has finished. After `seconds` no further round begins, but three are timed in any case.
-    """
+    """Seconds of each call in every one of the `turns`, but for the first. The clock is read when the device has finished."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begun = time.perf_counter()
-    turns = [(i, name) for i in range(rounds + 1) for name in calls]
     with torch.inference_mode():
-        for i, name in with_bar(turns, "measuring speed"):
-            if i > 3 and name == turns[0][1] and time.perf_counter() - begun > seconds:
-                break
+        for i, name in turns(list(calls), rounds, seconds, "measuring speed"):
             wait(device)
             start = time.perf_counter()
             calls[name]()

@@ -48,8 +48,7 @@ def best_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if device.type == "cpu":
         fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
-        has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return "bf16" if fast and has() else "no"
+        return "bf16" if fast and torch.cpu._is_avx512_bf16_supported() else "no"
     return "no"
 
 
@@ -129,11 +128,7 @@ def require_launch(device: str | torch.device | None) -> None:
 
 
 def require_one_process(what: str) -> None:
-    """Refuse something that only one process does, where this is one of several that train together.
-
-    Raises:
-        PteeError: naming it.
-    """
+    """Refuse something that only one process does, where this is one of several that train together."""
     if {*LAUNCH, *MPI} & os.environ.keys() and (several := process_state().num_processes) > 1:
         raise PteeError(
             f"{what} runs in one process, and {several} were started. Start it without torchrun or accelerate launch."

@@ -28,6 +28,7 @@ from ptee._common.text import printable, with_run
 
 WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
 
+NEAREST = 3  # choices that a message names in answer to a wrong one, at most
 ENDED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?([^.]+)")  # what torch says of one
 
 
@@ -142,20 +143,14 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 def unknown(
-    kind: str,
-    name: str,
-    choices: Iterable[str],
-    *,
-    first: Sequence[str] = (),
-    most: int = 12,
-    argument: str | None = None,
+    kind: str, name: str, choices: Iterable[str], *, first: Sequence[str] = (), argument: str | None = None
 ) -> UnknownName:
     """The error for a `kind` of thing that is not among `choices`; the rest is as in `possible`.
 
     >>> print(unknown("placement", "gold", ["fine", "golden", "linear"]))
     Unknown placement 'gold'. Did you mean 'golden'? Choices: fine, golden, linear.
     """
-    text = f"Unknown {kind} {name!r:.200}.{possible(str(name), choices, first=first, most=most)}"
+    text = f"Unknown {kind} {name!r:.200}.{possible(str(name), choices, first=first)}"
     return UnknownName(text, argument=argument, value=name)
 
 
@@ -176,7 +171,7 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
     return hint
 
 
-def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
+def _near(name: str, choices: Sequence[str]) -> list[str]:
     """What is spelt like it but for case and _; else first the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
     if asked in spelt:
@@ -185,8 +180,8 @@ def _near(name: str, choices: Sequence[str], most: int = 3) -> list[str]:
     end = sorted(
         (_letters(c) for c in choices if c.lower().endswith(("_" + name.lower(), "." + name.lower()))), key=len
     )
-    alike = get_close_matches(asked, spelt, n=most, cutoff=0.5)
-    return [spelt[c] for c in dict.fromkeys([*end[:1], *begin[:most], *alike])][:most]
+    alike = get_close_matches(asked, spelt, n=NEAREST, cutoff=0.5)
+    return [spelt[c] for c in dict.fromkeys([*end[:1], *begin[:NEAREST], *alike])][:NEAREST]
 
 
 def _letters(name: str) -> str:

@@ -28,11 +28,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def as_path(value: Any, argument: str) -> Path:
-    """A path that the user gives, `expanded`.
-
-    Raises:
-        PteeError: if it is empty, no path, or not UTF-8.
-    """
+    """A path that the user gives, `expanded`. What is empty, no path or not UTF-8 is refused."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else ""
     if not text or "\0" in text:
         given = Argument(argument, shown(value))

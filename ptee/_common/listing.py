@@ -23,12 +23,7 @@ STREAMS = ("hfids", "tfds", "wds")  # timm's prefixes for data that can only be 
 
 
 def require_place(source: str | Path) -> bool:
-    """Refuse a data source of which the path alone tells that it is none. Otherwise it is a folder, or else may be a name.
-
-    Raises:
-        DataError: if it is a file, a path where there is nothing, or a folder that a run cannot record or in which the system
-            shows itself.
-    """
+    """Refuse a data source of which the path alone tells that it is none. Otherwise it is a folder, or else may be a name."""
     name, path = str(source), expanded(source)
     if not name.strip():
         raise DataError(f"The name of the data source is empty: {GIVE}.", argument="data", value=source)
@@ -65,11 +60,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds that is not hidden, sorted by name.
-
-    Raises:
-        DataError: if it cannot be listed, or a link in it that may stand for a folder leads to nothing.
-    """
+    """What a folder holds that is not hidden, sorted by name. A link to nothing that may stand for a folder is refused."""
     return [Path(entry.path) for entry in _entries(folder)]
 
 
@@ -125,20 +116,12 @@ def tar_members(
 ) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
     """The visible members of a tar file and of the tar files inside it: names from the top, member, offset in the file.
 
-    Args:
-        path: of the file, for messages.
-        stream: the file, or a tar file inside it.
-        above: names around this one.
-        start: where it begins in the file.
-
-    Raises:
-        tarfile.TarError: if it is damaged.
-        DataError: if another tar file was written behind it.
+    `stream` is the file, or a tar file inside it with the names `above` around it, which begins at `start`. A damaged one raises
+    tarfile.TarError.
     """
     with tarfile.open(fileobj=stream, mode="r:") as tar:
-        members = {
-            tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar
-        }  # the last of a name
+        # the last of a name
+        members = {tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar}
         stream.seek(tar.offset)
         # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
         if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):

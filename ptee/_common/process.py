@@ -24,15 +24,8 @@ from typing import Any
 
 # Loggers that tell of downloads and retries, and of what torch.export raises in any case.
 LOUD = (
-    "timm",
-    "huggingface_hub",
-    "httpx",
-    "urllib3",
-    "filelock",
-    "ray",
-    "ray.serve",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.export",
+    *("timm", "huggingface_hub", "httpx", "urllib3", "filelock", "ray", "ray.serve"),
+    *("torch.fx.experimental.symbolic_shapes", "torch.export"),
 )
 
 NOBODY_READS = 141  # the status of a program that writes to a pipe without a reader
@@ -254,8 +247,6 @@ def lead_nowhere(name: str = "stdout") -> None:
 def unwritable(why: OSError) -> tuple[str, int]:
     """What to say where standard output cannot be written, and the exit status."""
     if isinstance(why, BrokenPipeError):
-        return (
-            "Nobody reads the output any more, as after head, so ptee stopped. Send it to a file to have all of it.",
-            NOBODY_READS,
-        )
+        text = "Nobody reads the output any more, as after head, so ptee stopped. Send it to a file to have all of it."
+        return text, NOBODY_READS
     return f"The output cannot be written: {why.strerror or why}. Send it elsewhere, such as > FILE.", 2

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import unicodedata
 from collections.abc import Collection, Sequence
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-ABOUT_RUN = re.compile(
-    r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b"
-)  # advice to type, on the command line or in Python
+# advice to type, on the command line or in Python
+ABOUT_RUN = re.compile(r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b")
 NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # how Python reads the bytes of a file's name that are not UTF-8
 
 
@@ -133,6 +133,11 @@ def escaped(text: str) -> str:
     'a\\\\xff'
     """
     return NO_UTF8.sub(lambda byte: f"\\x{ord(byte[0]) & 0xFF:02x}", text)
+
+
+def spelt(name: str) -> str:
+    """A name in one of the ways in which Unicode can write an accent: a file and a folder may differ in that."""
+    return unicodedata.normalize("NFC", name)
 
 
 def type_name(kind: object) -> str:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -23,7 +24,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import ParamSpec, Self
 
-from ptee._common.errors import Argument, PteeError, UnknownName, ended_worker, possible
+from ptee._common.errors import Argument, PteeError, RunError, UnknownName, ended_worker, first_line, possible
+from ptee._common.files import read_object
 from ptee._common.text import as_shares, printable, shown
 
 P = ParamSpec("P")
@@ -90,22 +92,41 @@ class FrozenConfig(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which refuses unknown arguments, and truth values, numbers, texts, lists and functions of the wrong type, by name.
+C = TypeVar("C", bound=FrozenConfig)
 
-    Both before it begins. Where a process that loads images is ended meanwhile, the error says what to do.
+
+def read_record(kind: type[C], file: Path, largest: int, schema: int, again: str) -> tuple[C, dict[str, Any]]:
+    """A record of ptee's in a file of at most so many bytes, of this schema or an older one; and its values as they stand there.
+
+    `again` says how to make another, where it is damaged.
     """
-    return checked_with()(function)
+    try:
+        values = read_object(file, largest)
+    except (OSError, ValueError) as why:
+        raise RunError(f"{file} cannot be read: {first_line(why)} {again}") from why
+    version = values.get("schema_version")
+    if isinstance(version, int) and version > schema:
+        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {schema}. Upgrade ptee.")
+    try:
+        return kind(**values), values
+    except PteeError as why:
+        raise RunError(f"{file}: {why} {again}") from why
 
 
 def checked_with(
     also: Iterable[str] = (), instead: Mapping[str, str] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`checked` for a function that takes arguments of the names `also` besides, by **. `instead`: as of `require_arguments`."""
-    return lambda function: _checked(function, also, instead or {})
+    return lambda function: checked(function, also, instead)
 
 
-def _checked(function: Callable[P, R], also: Iterable[str], instead: Mapping[str, str]) -> Callable[P, R]:
+def checked(
+    function: Callable[P, R], also: Iterable[str] = (), instead: Mapping[str, str] | None = None
+) -> Callable[P, R]:
+    """The function, which refuses unknown arguments, and truth values, numbers, texts, lists and functions of the wrong type, by name.
+
+    Both before it begins. Where a process that loads images is ended meanwhile, the error says what to do.
+    """
     names = list(inspect.signature(function).parameters)
     kinds: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
@@ -174,10 +195,8 @@ def require_arguments(
             raise UnknownName(text, argument=name)
 
 
-def from_pydantic(
-    error: ValidationError, where: str = "", fields: Iterable[str] = (), example: bool = False
-) -> PteeError:
-    """The first finding of pydantic as an error of one line. `where` begins the dotted path of the setting.
+def from_pydantic(error: ValidationError, fields: Iterable[str] = (), example: bool = False) -> PteeError:
+    """The first finding of pydantic as an error of one line.
 
     Of the settings that exist (`fields`), the one nearest to an unknown setting is named. `example`: say what a list or mapping looks
     like in Python.
@@ -187,22 +206,21 @@ def from_pydantic(
     >>> try:
     ...     Example(lr=-1)
     ... except ValidationError as error:
-    ...     print(from_pydantic(error, where="training"))
-    training.lr=-1 must be above 0.
+    ...     print(from_pydantic(error))
+    lr=-1 must be above 0.
     """
     findings = error.errors(include_url=False)
     first = findings[0]
     unknown = first["type"] == "extra_forbidden"  # whoever gave it chose its name, and it may look like anything
-    place = _place(first["loc"][:-1], _as_given(str(first["loc"][-1]))) if unknown else _place(first["loc"])
-    path = ".".join(filter(None, [where, place]))
+    path = _place(first["loc"][:-1], _as_given(str(first["loc"][-1]))) if unknown else _place(first["loc"])
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, PteeError):  # from a rule, or from settings inside of these
         return _within(path, inner)
     if unknown:
-        return _fault(UnknownName, path, first["input"], f"is unknown.{possible(place, fields)}")
+        return _fault(UnknownName, path, first["input"], f"is unknown.{possible(path, fields)}")
     if first["type"] == "missing":
         return PteeError(f"{path} is missing.", argument=path)
-    of_this = [finding for finding in findings if _place(finding["loc"]) == place]
+    of_this = [finding for finding in findings if _place(finding["loc"]) == path]
     if all(finding["type"] == "literal_error" for finding in of_this):
         choices = [choice for finding in of_this for choice in _choices(finding)]
         return _fault(UnknownName, path, first["input"], f"is unknown.{possible(str(first['input']), choices)}")

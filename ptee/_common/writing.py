@@ -86,11 +86,7 @@ def require_page(path: Path, argument: str = "out") -> None:
 
 
 def free_place(folder: str | Path) -> Path:
-    """A folder that can be written.
-
-    Raises:
-        RunError: if there is something in it, or it cannot.
-    """
+    """A folder in which there is nothing and that can be written; any other is refused."""
     target = as_path(folder, "folder")
     settle(target)
     _require_free(target)
@@ -110,14 +106,7 @@ def _require_free(target: Path) -> None:
 def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
     """Fill a `free_place` with files and folders, all or none: they are written inside of it, and then renamed.
 
-    If the process is killed meanwhile, the next `free_place` clears what it left, or makes the rest new.
-
-    Args:
-        folder: made where it does not exist.
-        write_to: writes all into the folder that it is given.
-
-    Raises:
-        RunError: if it cannot be written, or another process has filled it.
+    If the process is killed meanwhile, the next `free_place` clears what it left, or makes the rest new. `write_to` writes all into the folder that it is given.
     """
     was_there = folder.exists()
     try:
@@ -232,10 +221,7 @@ def _keep(path: Path, copy: Path) -> None:
 
 @contextmanager
 def locked(
-    folder: Path,
-    wait: float = LONGEST_WAIT,
-    instead: Advice = ("choose another folder",),
-    remedy: str = ANOTHER_FOLDER,
+    folder: Path, wait: float = LONGEST_WAIT, instead: Advice = ("choose another folder",), remedy: str = ANOTHER_FOLDER
 ) -> Iterator[None]:
     """Meanwhile no other process or thread changes several files of the folder. It is `settle`d first.
 
@@ -244,9 +230,6 @@ def locked(
         wait: so many seconds for others.
         instead: what a user can do but wait.
         remedy: as of `replace_files`.
-
-    Raises:
-        RunError: if another one does, or the folder cannot be written.
     """
     places = _own.__dict__.setdefault("places", set())
     if (place := str(folder.resolve())) in places:
@@ -298,12 +281,7 @@ def _lock_of(folder: Path, wait: float, instead: Advice, remedy: str) -> FileLoc
 
 
 def settle(folder: Path) -> None:
-    """Rename what a killed process was renaming into a folder, so that all its files are of one version. Call it before
-    they are read.
-
-    Raises:
-        RunError: if that is not possible.
-    """
+    """Rename what a killed process was renaming into a folder, so that all its files are of one version. Call it before reading."""
     if not _is_being_renamed(folder):
         return
     try:

@@ -45,13 +45,7 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 def _rounds_float32(device: torch.device) -> bool:
     backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device.type)
-    if backend is None:
-        return False
-    if _has_new_switches():
-        return any(_read(backend, op) in ("tf32", "bf16") for op in _BACKENDS[backend])
-    if backend == "cuda":
-        return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    return torch.get_float32_matmul_precision() == "medium"
+    return backend is not None and any(_read(backend, op) in ("tf32", "bf16") for op in _BACKENDS[backend])
 
 
 # ---------------------------------------------------------------------------------------------------- exact switches
@@ -68,12 +62,7 @@ def _repeatable_switches() -> Iterator[None]:
 @contextmanager
 def _exact_switches() -> Iterator[None]:
     with _repeatable_switches(), ExitStack() as undo:
-        if _has_new_switches():
-            _use_full_float32(undo)
-        else:  # before torch 2.9
-            _set(undo, torch.backends.cudnn, "allow_tf32", False)
-            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
+        _use_full_float32(undo)
         yield
 
 
@@ -86,13 +75,8 @@ def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _has_new_switches() -> bool:
-    """Whether this is torch 2.9 or later. There, reading an old switch (`allow_tf32`) may raise, so only new ones are used."""
-    return hasattr(torch._C, "_get_fp32_precision_getter")
-
-
 def _use_full_float32(undo: ExitStack) -> None:
-    """Switch off TF32 and bfloat16 in products of float32.
+    """Switch off TF32 and bfloat16 in products of float32. To read torch's old switches (`allow_tf32`) may raise.
 
     An operator without a setting of its own follows its backend, and a backend without one follows the general setting.
     One that gets a setting does not follow any more. So only those that do not follow now get one.

@@ -6,7 +6,7 @@ Any other module is refused with the reason and with what to do about it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,22 @@ TWO_LOGITS = (
 GIVE_SIZE = ("Give the size that it takes, ", Argument("input_size", "(c, h, w)"), ", or build it for this one.")
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # as Python says it
 COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it was given
+# How a part shows that it is compiled, and what to say of such parts.
+COMPILED_PARTS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (lambda part: hasattr(part, "_orig_mod"),
+     "has compiled parts ({0}), whose modules cannot be hooked. Put each back as it was: "
+     "net.set_submodule({1!r}, net.get_submodule({1!r})._orig_mod)."),
+    (lambda part: isinstance(part, torch.jit.ScriptModule),
+     "has parts of TorchScript ({0}), whose modules cannot be hooked. Give the network as it was before torch.jit.script or "
+     "torch.jit.trace."),
+    (lambda part: isinstance(part, torch.fx.GraphModule) and "eval" in vars(part),  # it refuses eval() by its own method
+     "is of torch.export ({0}), so it has no modules that can be hooked. Give the network as it was before torch.export."),
+    (lambda part: part._compiled_call_impl is not None,
+     "is compiled in place ({0}), so its modules cannot be hooked. Give copy.deepcopy(net), which is not compiled, or leave out "
+     ".compile()."),
+    (lambda part: hasattr(part.forward, COMPILED),
+     "has a compiled forward ({0}), so its modules cannot be hooked. Leave out torch.compile."),
+)  # fmt: skip
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
 
@@ -69,34 +85,9 @@ def _require_unwrapped(module: nn.Module, kind: str) -> None:
 
 def _require_uncompiled(module: nn.Module, kind: str) -> None:
     """Refuse compiled parts: compiled code may run no hooks, or none that were added later."""
-    parts = dict(module.named_modules())
-    if wrapped := [name for name, part in parts.items() if name and hasattr(part, "_orig_mod")]:
-        first = wrapped[0]
-        raise BackboneError(
-            f"{kind} has compiled parts ({some(wrapped)}), whose modules cannot be hooked. Put each back as it was: "
-            f"net.set_submodule({first!r}, net.get_submodule({first!r})._orig_mod)."
-        )
-    if scripted := [name for name, part in parts.items() if isinstance(part, torch.jit.ScriptModule)]:
-        raise BackboneError(
-            f"{kind} has parts of TorchScript ({some(scripted)}), whose modules cannot be hooked. Give the network as it was before "
-            "torch.jit.script or torch.jit.trace."
-        )
-    # a graph of torch.export refuses eval() by a method of its own
-    graphs = [(name, part) for name, part in parts.items() if isinstance(part, torch.fx.GraphModule)]
-    if exported := [name or "all of it" for name, part in graphs if "eval" in vars(part)]:
-        raise BackboneError(
-            f"{kind} is of torch.export ({some(exported)}), so it has no modules that can be hooked. Give the network as it was "
-            "before torch.export."
-        )
-    if in_place := [name or "all of it" for name, part in parts.items() if part._compiled_call_impl is not None]:
-        raise BackboneError(
-            f"{kind} is compiled in place ({some(in_place)}), so its modules cannot be hooked. Give copy.deepcopy(net), which is "
-            "not compiled, or leave out .compile()."
-        )
-    if functions := [name or "its own" for name, part in parts.items() if hasattr(part.forward, COMPILED)]:
-        raise BackboneError(
-            f"{kind} has a compiled forward ({some(functions)}), so its modules cannot be hooked. Leave out torch.compile."
-        )
+    for is_so, words in COMPILED_PARTS:
+        if names := [name or "all of it" for name, part in module.named_modules() if is_so(part)]:
+            raise BackboneError(f"{kind} {words.format(some(names), names[0])}")
 
 
 def _require_values(tensor: Tensor, name: str, kind: str) -> None:
@@ -122,9 +113,8 @@ def count_classes(module: nn.Module, input_size: tuple[int, int, int], name: str
 
     Errors call the network by `name`.
     """
-    like = next(
-        (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), torch.empty(0, device="cpu")
-    )
+    kept = [*module.parameters(), *module.buffers()]
+    like = next((t for t in kept if t.is_floating_point()), torch.empty(0, device="cpu"))
     images = torch.zeros(2, *input_size, dtype=like.dtype, device=like.device)
     before, buffers = modes(module), KeptBuffers(module)
     try:

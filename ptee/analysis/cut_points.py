@@ -169,10 +169,8 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     So code that orders rows by their values, or that looks whether a value is above 1, does not treat all rows alike. The
     images have the device and type of the module's parameters.
     """
-    like = one_parameter(module)
-    noise = torch.randn(
-        rows, *input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
-    )
+    like, seeded = one_parameter(module), torch.Generator().manual_seed(0)
+    noise = torch.randn(rows, *input_size, generator=seeded, dtype=torch.float32, device="cpu")
     contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, dtype=torch.float32, device="cpu") * GOLDEN % 1)
     noise = noise * contrasts[:, None, None, None]
     return noise.to(like.device, like.dtype)
@@ -370,7 +368,8 @@ class _Recorder(TorchDispatchMode):
 
     def is_cell(self, output: _Output) -> bool:
         """Whether only the outputs of its siblings pass around it."""
-        siblings = [o.values for o in self._outputs if _parent(o.name) == _parent(output.name)]
+        parent = output.name.rpartition(".")[0]
+        siblings = [o.values for o in self._outputs if o.name.rpartition(".")[0] == parent]
         return set().union(*siblings).issuperset(self._values_around(output))
 
     def _values_around(self, output: _Output) -> list[_Value]:
@@ -424,7 +423,3 @@ def _carries_rows(shape: tuple[int, ...], axes: Axes | None) -> bool:
         return not rest and folded == 1
     first = axes is not None and axes[0] and axes[0][0]  # if nothing is known, verification will tell
     return not first or (first.letter, first.size) == ("b", SURVEY_ROWS)
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -34,9 +34,8 @@ T = TypeVar("T")
 
 HEAVY = 5e10  # multiply-accumulates of one pass above which a fake run is faster than a real one
 PATCH = 16 * 16  # pixels of a patch of a ViT; each patch uses all parameters once
-MIXED = (
-    2  # passes in which each number is the lowest or the highest, by a coin: what is equal everywhere may cancel out
-)
+# Passes in which each number is the lowest or the highest, by a coin: what is equal everywhere may cancel out.
+MIXED = 2
 # Words in the state of a Mersenne Twister, from which it draws bits that are all 0, all 1, and 0 and 1 in turn. The last give a
 # whole number in any range; numbers of a range and of a normal distribution are drawn again until they fit.
 LOWEST, HIGHEST, MIDDLE = 0, 0x12DD9BB3, 0x6D78EF1D

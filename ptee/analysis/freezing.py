@@ -185,9 +185,8 @@ class Attachment:
         if self.learns:
             return
         parts, leaves, owned, children = self._noted
-        if (
-            any(leaves) or list(chain.from_iterable(map(dict.values, owned))) != children
-        ):  # another part is there, or gone
+        changed = any(leaves) or list(chain.from_iterable(map(dict.values, owned))) != children
+        if changed:  # another part is there, or one is gone
             self._state.note(self._module)
             parts = self._note_parts()
         if any(map(_TRAINING, parts)):
@@ -203,11 +202,7 @@ class Attachment:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Meanwhile the parameters have gradients that had them before `freeze`; afterwards the module is frozen again.
-
-        Raises:
-            PteeError: if none had, or another attachment holds the module, too.
-        """
+        """Meanwhile the parameters have gradients that had them before `freeze`; afterwards the module is frozen again. No other attachment may hold it."""
         if len(_HOLDERS[self._module]) > 1:
             gc.collect()  # a model that nobody has any more may hold it
         if len(_HOLDERS[self._module]) > 1:

@@ -37,10 +37,7 @@ PRODUCTS = frozenset({
     "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
     "aten::einsum", "aten::scaled_dot_product_attention",
 })  # fmt: skip
-COMPILED = {
-    "dynamo-optimized": "torch.compile",
-    "Tried to trace": "torch.jit",
-}  # by what torch says when it traces such code
+COMPILED = {"dynamo-optimized": "torch.compile", "Tried to trace": "torch.jit"}  # by torch's words when it traces such
 UNTRACED = {
     "observable data dependence": "it runs in a thread of its own, or not on the images",
     "stateless API": "it calls torch.func.functional_call",
@@ -86,14 +83,8 @@ def count(module: nn.Module, example: Tensor, products_only: bool = False) -> Co
     `products_only` counts convolutions and matrix products alone, as torch's FlopCounterMode does.
     """
     # A mode of the user, such as FlopCounterMode, would hide operators from the trace.
-    with (
-        alone(),
-        _left_as_it_was(module),
-        torch.no_grad(),
-        no_fused_attention,
-        no_checkpointing,
-        _disable_current_modes(),
-    ):
+    no_modes = _disable_current_modes()
+    with alone(), _left_as_it_was(module), torch.no_grad(), no_fused_attention, no_checkpointing, no_modes:
         operators = _operators(module.eval(), example)
     if products_only:
         operators = [op if op.product else replace(op, macs=0) for op in operators]

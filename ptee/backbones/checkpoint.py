@@ -74,11 +74,7 @@ def refusal(file: str | Path, text: str, *advice: str | Argument) -> BackboneErr
 
 
 def read_checkpoint(file: str | Path) -> Checkpoint:
-    """Open a .safetensors file, the index of several, or what `torch.save` wrote.
-
-    Raises:
-        BackboneError: if the file is missing, unreadable, only a part, would run code, or holds no tensors by name.
-    """
+    """Open a .safetensors file, the index of several, or what `torch.save` wrote."""
     path = Path(file)
     require_weights(path)
     part = SHARD.search(path.name)
@@ -269,9 +265,10 @@ def _require_tensors(path: Path, found: Any) -> None:
 
 def _require_few_names(path: Path, found: Any) -> None:
     """Comparing more names, or longer ones, with those of a network would take long."""
-    names = [
-        (place, key) for place, value in _dictionaries(found) for key, part in value.items() if _is_named(key, part)
+    tensors = [
+        (place, key) for place, value in _dictionaries(found) for key, part in value.items() if isinstance(part, Tensor)
     ]
+    names = [(place, key) for place, key in tensors if isinstance(key, str)]
     if len(names) > MOST_TENSORS:
         raise _too_many(path, len(names))
     for place, name in names:
@@ -281,15 +278,9 @@ def _require_few_names(path: Path, found: Any) -> None:
             raise refusal(path, f"{text}state_dict and nothing else; if these names are its own, rename them.")
 
 
-def _is_named(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor)
-
-
 def _too_many(path: Path, n: int) -> BackboneError:
-    text = (
-        f"holds {n:,} tensors, and at most {MOST_TENSORS:,} are read. Save the network's state_dict and nothing else."
-    )
-    return refusal(path, text)
+    most = f"at most {MOST_TENSORS:,} are read"
+    return refusal(path, f"holds {n:,} tensors, and {most}. Save the network's state_dict and nothing else.")
 
 
 def _lists(found: Any) -> Iterator[str]:

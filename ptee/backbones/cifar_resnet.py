@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -140,15 +141,15 @@ default_cfgs = {  # timm looks here for the input of each network; none has weig
 }
 
 
-def _entrypoint(name: str, depth: int) -> Callable[..., nn.Module]:
-    """The function that builds one network; timm knows it by its name."""
+def register(name: str, make: Callable[..., nn.Module], home: str) -> None:
+    """Let timm build a network by this name. It looks into the module `home` for its `default_cfgs`."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(CifarResNet, name, pretrained, depth=depth, **kwargs)
+        return build_model_with_cfg(make, name, pretrained, **kwargs)
 
-    build.__name__ = name
-    return build
+    build.__name__, build.__module__ = name, home
+    register_model(build)
 
 
 for _depth in DEPTHS:
-    register_model(_entrypoint(f"cifar_resnet{_depth}", _depth))
+    register(f"cifar_resnet{_depth}", partial(CifarResNet, _depth), __name__)

@@ -40,9 +40,7 @@ class ModelRequest:
     mean: Sequence[float] | None  # per channel
     std: Sequence[float] | None
     args: dict[str, Any]  # further arguments of the library's constructor
-    origin: Mapping[
-        str, str | None
-    ]  # of a record's published weights: "tag", "hub", "revision"; empty without a record
+    origin: Mapping[str, str | None]  # "tag", "hub" and "revision" of a record's published weights; or empty
     tensors: Sequence[str] = ()  # the names in the file of weights
 
 

@@ -30,7 +30,6 @@ from ptee.backbones.library import (
     MOST_CLASSES,
     Built,
     InputConfig,
-    Known,
     ModelRequest,
     checked_size,
     per_channel,
@@ -40,13 +39,7 @@ from ptee.backbones.matching import find_network
 from ptee.backbones.record import LIBRARIES, checked_record, rebuilding
 from ptee.backbones.weights import load_weights
 
-RESERVED_ARGS = {
-    "num_classes",
-    "weights",
-    "progress",
-    "checkpoint_path",
-    "cache_dir",
-}  # what ptee gives the library itself
+RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # ptee gives these itself
 GIVE_SIZE = ("Give ", Argument("input_size", "(c, h, w)"), ".")
 
 
@@ -188,7 +181,8 @@ def _load(library: str, request: ModelRequest, saved: Checkpoint | None = None) 
     note = None if checkpoint is None else load_weights(built.module, checkpoint)
     config = _override(built.known.input, request)
     classes = _count_classes(built.module, config, request)
-    architecture, space = _record(built, library, config, classes), _label_space(built.known, classes)
+    architecture, known = _record(built, library, config, classes), built.known
+    space = known.label_space if known.num_classes == classes else None
     source = architecture and _with_origin(architecture, request, built)
     return Backbone(built.module, request.label, classes, config, source, space, note, architecture)
 
@@ -208,7 +202,7 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
     if known and known.assumed and request.input_size is None and classes != known.num_classes:
         text = f"{request.label} of {classes} classes may take any input size. "
         raise BackboneError(text, *GIVE_SIZE, argument="input_size")
-    space = _label_space(known, classes) if known else None
+    space = known.label_space if known and known.num_classes == classes else None
     pixels = known is not None or None not in (request.mean, request.std)
     return Backbone(module, request.label, classes, config, None, space, note, pixels_known=pixels)
 
@@ -236,10 +230,6 @@ def _count_classes(module: nn.Module, config: InputConfig, request: ModelRequest
     return classes
 
 
-def _label_space(known: Known, classes: int) -> str | None:
-    return known.label_space if known.num_classes == classes else None
-
-
 def rebuild(
     source: Mapping[str, Any],
     weights: bool = True,
@@ -253,9 +243,6 @@ def rebuild(
         weights: load its weights. If false they are random, to be overwritten by those that the run holds, or to be trained.
         saved: the tensors that are to overwrite them. A network of other shapes is refused before it takes memory.
         network: which one of the run it is, for errors.
-
-    Raises:
-        BackboneError: the record has another form, names a model or file that is not there, or cannot be followed.
     """
     with rebuilding(network):
         library, request = checked_record(source)

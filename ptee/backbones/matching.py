@@ -98,9 +98,6 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
     """The tensors of a module in a file.
 
     Only the module's names, shapes and types are read, so it may be on the meta device.
-
-    Raises:
-        BackboneError: if the file holds no such network, several that differ, or one with other shapes.
     """
     own, kind = module.state_dict(), type(module).__name__
     convert, found = _converter(module), []
@@ -331,11 +328,6 @@ def _counters_last(names: Sequence[str] | State) -> list[str]:
 def _other_shapes(checkpoint: Checkpoint, found: _Candidate, module: nn.Module) -> BackboneError:
     """The tensors have the right names, but other shapes or kinds of numbers."""
     wrong, have, own = found.misshapen, found.tensors, module.state_dict()
-    if empty := [key for key in wrong if have[key].numel() == 0 < own[key].numel()]:
-        text = f"holds no numbers in {shown(empty, 3)}. DeepSpeed (ZeRO-3) keeps weights in other files: "
-        return refusal(
-            checkpoint.file, text + "run zero_to_fp32.py, which lies beside them, and give the file that it writes."
-        )
     if same_shape := [key for key in wrong if have[key].shape == own[key].shape]:
         key = same_shape[0]
         why = "" if have[key].is_complex() else ": it is quantised"
@@ -353,14 +345,5 @@ def _other_shapes(checkpoint: Checkpoint, found: _Candidate, module: nn.Module) 
         return BackboneError(text, *advice, argument="num_classes", value=here)
     shapes = [f"{shown([key])} {tuple(have[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]
     more = f" and {len(shapes) - 5} more" if len(shapes) > 5 else ""
-    saved = (
-        (getattr(found.state, "_metadata", None) or {})
-        .get(found.prefix.rstrip("."), {})
-        .get("version", module._version)
-    )
-    if saved != module._version:  # torchvision's MNASNet makes itself anew for them
-        kind = type(module).__name__
-        text = f"is of version {saved} of {kind}, and this is version {module._version}: {shapes[0]}. In Python, the network's own "
-        return refusal(checkpoint.file, f"{text}load_state_dict may read it; give ptee that network.")
     check = ("Check ", Argument("model"), ", ", Argument("model_args"), " and ", Argument("input_size"), ".")
     return refusal(checkpoint.file, f"has other shapes: {', '.join(shapes[:5])}{more}. ", *check)

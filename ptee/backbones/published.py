@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ptee._common.errors import BackboneError, PteeError, possible, unknown
 from ptee._common.text import table
@@ -82,12 +82,8 @@ def _row(line: dict[str, str]) -> Published:
 
 
 def find_published(name: str, side: int | None = None) -> Published | None:
-    """The row of a network, or None. A name without a tag has timm's default weights.
-
-    Args:
-        name: as timm calls it, with or without `timm/`.
-        side: of the images, in pixels; of several rows the nearest is taken, by default the smallest.
-    """
+    """The row of a network, by timm's name of it with or without `timm/`; None if there is none. Without a tag it has timm's default
+    weights. Of several rows that with images nearest to `side` pixels is taken, by default the smallest."""
     name = name.removeprefix("timm/")
     if "." not in name:
         name = _with_default_tag(name)
@@ -130,15 +126,11 @@ class Advice:
     own: Published
     instead: tuple[tuple[float, str, Published], ...]
     fronts: tuple[tuple[float, Published], ...]
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean, and what is compared."""
-        return (
-            f"{SOURCE.capitalize()}. {MACHINES} allowed: points of accuracy that may be lost. operations: of the network's own. "
-            "All these networks answer in ImageNet's 1,000 classes, and many were chosen by these validation images. They tell "
-            "nothing of a network that was trained further."
-        )
+    legend: ClassVar[str] = (
+        f"{SOURCE.capitalize()}. {MACHINES} allowed: points of accuracy that may be lost. operations: of the network's own. "
+        "All these networks answer in ImageNet's 1,000 classes, and many were chosen by these validation images. They tell "
+        "nothing of a network that was trained further."
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -249,11 +241,7 @@ def _gains(own: Published, fewest: Published, fastest: Published) -> str:
 
 
 def front_of(backbone: Backbone) -> str:
-    """The published network that should answer before a backbone: the most accurate one at `AUTO_FRONT_SHARE` of its operations.
-
-    Raises:
-        BackboneError: if the backbone is no published network of timm with its own weights, or there is none so small.
-    """
+    """The published network that should answer before a backbone: the most accurate one at `AUTO_FRONT_SHARE` of its operations."""
     own = _known(backbone)
     if own is None:
         raise _nothing_known(backbone.name)

@@ -20,15 +20,8 @@ from ptee.backbones import timm, torchvision
 from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
 from ptee.backbones.source import COMMIT
 
-WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin.index.json",
-    ".pth",
-    ".pt",
-    ".bin",
-    ".ckpt",
-)  # end names of such files
+# The ends of names of such files.
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".pth", ".pt", ".bin", ".ckpt")
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
 
 

@@ -14,15 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, register_model
 from timm.models.densenet import DenseNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs as VGG_WIDTHS
 
-from ptee.backbones.cifar_resnet import (
-    checkpoint_filter_fn as checkpoint_filter_fn,
-)  # for names as in "shortcut", "linear"
+from ptee.backbones.cifar_resnet import checkpoint_filter_fn as checkpoint_filter_fn  # for names as in "linear"
+from ptee.backbones.cifar_resnet import register
 from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD
 
 POOL = "M"  # in a list of layers
@@ -149,20 +147,16 @@ def _vgg(kind: str, **kwargs: Any) -> PlainNet:
     return PlainNet(layers, batch_norm=True, **kwargs)
 
 
-def _resnet(block: Any, layers: tuple[int, ...]) -> Callable[..., nn.Module]:
-    return partial(SmallResNet, block=block, layers=layers)
-
-
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "eenet8": EENet8,
     "cifar_alexnet": partial(PlainNet, ALEXNET),
     "cifar_vgg13": partial(_vgg, "B"),
     "cifar_vgg16": partial(_vgg, "D"),
     "cifar_vgg19": partial(_vgg, "E"),
-    "cifar_resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
-    "cifar_resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
-    "cifar_resnet101": _resnet(Bottleneck, (3, 4, 23, 3)),
-    "cifar_resnet152": _resnet(Bottleneck, (3, 8, 36, 3)),
+    "cifar_resnet18": partial(SmallResNet, block=BasicBlock, layers=(2, 2, 2, 2)),
+    "cifar_resnet50": partial(SmallResNet, block=Bottleneck, layers=(3, 4, 6, 3)),
+    "cifar_resnet101": partial(SmallResNet, block=Bottleneck, layers=(3, 4, 23, 3)),
+    "cifar_resnet152": partial(SmallResNet, block=Bottleneck, layers=(3, 8, 36, 3)),
     "cifar_densenet121": partial(SmallDenseNet, growth_rate=32, block_config=(6, 12, 24, 16)),
 }
 IMAGES = {"input_size": (3, 32, 32), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # as the 6n+2 ResNets have them
@@ -172,16 +166,5 @@ default_cfgs = {  # timm looks here for the input of each network; none has weig
     for name in NETWORKS
 }
 
-
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """The function that builds one network; timm knows it by its name."""
-
-    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(NETWORKS[name], name, pretrained, **kwargs)
-
-    build.__name__ = name
-    return build
-
-
-for _name in NETWORKS:
-    register_model(_entrypoint(_name))
+for _name, _make in NETWORKS.items():
+    register(_name, _make, __name__)

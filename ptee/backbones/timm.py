@@ -54,12 +54,7 @@ def has_model(name: str) -> bool:
 
 
 def build(request: ModelRequest) -> Built:
-    """The model, with timm's own weights if they are asked for.
-
-    Raises:
-        UnknownName: if timm knows no weights of that tag.
-        BackboneError: if it cannot be built, or has no published weights of so many classes.
-    """
+    """The model, with timm's own weights if they are asked for."""
     cfg = None if ":" in request.name else _config(request.name)
     _require_classifier(request, cfg)
     args = _form_args(request) | _size_args(cfg, request.input_size) | request.args

@@ -36,12 +36,7 @@ def has_model(name: str) -> bool:
 
 
 def build(request: ModelRequest) -> Built:
-    """The model, with torchvision's own weights if they are asked for.
-
-    Raises:
-        UnknownName: if this version of torchvision lacks the published weights that a record names.
-        BackboneError: if it cannot be built, or has no published weights of so many classes.
-    """
+    """The model, with torchvision's own weights if they are asked for."""
     from torchvision import models
 
     published = _published(request)

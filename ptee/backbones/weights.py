@@ -23,9 +23,6 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
 
     Half-precision weights are widened to the module's type. Returns a sentence on which tensors were taken and which were left
     out, or None if there was nothing to choose.
-
-    Raises:
-        BackboneError: if the file has other names or shapes, or values that are not finite.
     """
     match = find_network(checkpoint, module)
     _require_finite(checkpoint, match.tensors, module.state_dict())
@@ -123,9 +120,7 @@ def _add(digest: hashlib._Hash, name: str, value: Any) -> None:
         digest.update(f"{name}\0{value!r}\0".encode())
         return
     digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-    if is_traceable_wrapper_subclass(
-        value
-    ):  # torchao's quantised weights: they have no bytes of their own, but their parts have
+    if is_traceable_wrapper_subclass(value):  # torchao's quantised weights: only their parts have bytes
         for part in value.__tensor_flatten__()[0]:
             _add(digest, part, getattr(value, part))
         return

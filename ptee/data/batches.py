@@ -165,11 +165,7 @@ def _no_batch(samples: list[Any]) -> DataError:
 
 
 def batch_of(samples: list[Any]) -> tuple[Tensor, Tensor | None]:
-    """Images and labels of some samples, as `split_batch` gives them.
-
-    Raises:
-        DataError: if they cannot form a batch of images.
-    """
+    """Images and labels of some samples, as `split_batch` gives them."""
     return split_batch(_collate(samples))
 
 
@@ -179,9 +175,6 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 
     A batch is `(images, labels)`, `(images,)`, images alone, or a mapping with image, images or pixel_values, and label
     or labels.
-
-    Raises:
-        DataError: if the batch has another form.
     """
     images, labels = _pick(batch)
     if not isinstance(images, Tensor) or images.ndim != 4:

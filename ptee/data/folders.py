@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from ptee._common.listing import (
     tar_members,
     visible,
 )
+from ptee._common.text import spelt
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
 
@@ -433,7 +433,7 @@ def _refuse_two_spellings(names: Iterable[str]) -> None:
     """Refuse names that look the same: Unicode writes an accent with its letter or after it, and macOS changes that in copies."""
     found: dict[str, str] = {}
     for name in sorted(names):
-        other = found.setdefault(unicodedata.normalize("NFC", name), name)
+        other = found.setdefault(spelt(name), name)
         if other != name:
             raise DataError(
                 f"Class '{name}' is written in two ways that look the same, {other!a} and {name!a}: rename its folders to "

@@ -8,7 +8,6 @@ torchvision sorts them as text (class10, class2). Where the two orders differ, t
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from typing import Any
 
 from ptee._common.errors import Advice, Argument, DataError, PteeError, some
 from ptee._common.files import as_path, from_json
+from ptee._common.text import spelt
 from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.splits import PARTS, Data
@@ -41,11 +41,7 @@ class LabelMap:
         return UNKNOWN_LABEL if self.indices is None else self.indices[label]
 
     def require_accuracy(self, wanted: Argument, instead: Argument) -> None:
-        """Refuse `wanted`, which needs true labels, if the labels are in doubt; `instead` needs none.
-
-        Raises:
-            DataError: if there is a doubt.
-        """
+        """Refuse `wanted`, which needs true labels, if the labels are in doubt; `instead` needs none."""
         if self.doubt:
             raise DataError(
                 wanted, f" needs labels under which the backbone is right. {self.doubt} ", *self.remedy, " Or give ", instead, ".",
@@ -119,42 +115,32 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         names, where, whose = read_names(classes), f"'{classes}'", f"the numbers that '{classes}' gives them"
     else:
         names, where, whose = tuple(_listed(classes)), LIST, "the backbone's numbers"
-    place = {_nfc(name): index for index, name in enumerate(names)}
+    place = {spelt(name): index for index, name in enumerate(names)}
     if len(place) < len(names):
-        twice = sorted({name for index, name in enumerate(names) if place[_nfc(name)] != index})
+        twice = sorted({name for index, name in enumerate(names) if place[spelt(name)] != index})
         raise DataError(f"{where} names {some(twice)} more than once: give each of the backbone's classes once.")
     if len(names) != num_classes:
         raise DataError(
             f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
         )
-    if strange := [name for name in class_names if _nfc(name) not in place]:
+    if strange := [name for name in class_names if spelt(name) not in place]:
         if _are_adorned(class_names, place):
             raise DataError(
                 f"{where} has lines such as {names[0]:.60}: give one bare name a line, without numbers or quotes."
             )
-        hint = _nearest(strange[0], names)
+        near = get_close_matches(strange[0], names, 1)
+        hint = f" (did you mean '{some(near)}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
     _require_names(names, where)
-    indices = tuple(place[_nfc(name)] for name in class_names)
+    indices = tuple(place[spelt(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
 
 
-def _nearest(strange: str, names: Sequence[str]) -> str:
-    """Which name may be meant by a strange one, in brackets; or which one looks like it and has other characters."""
-    if alike := [name for name in names if _seen(name) == _seen(strange)]:
-        sides = {"that of the data": _unseen(strange), "the one here": _unseen(alike[0])}
-        holds = " and ".join(f"{side} holds {marks}" for side, marks in sides.items() if marks)
-        return f" (one looks like '{_seen(strange)}', but {holds}, which nobody sees)"
-    near = get_close_matches(strange, names, 1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
 def _listed(classes: Any) -> list[str]:
     """The names in a list of the user's."""
-    if isinstance(classes, Mapping | Set | bytes | bytearray) or not isinstance(
-        classes, Iterable
-    ):  # no order, or no names
+    unordered = isinstance(classes, Mapping | Set | bytes | bytearray)  # or not of names
+    if unordered or not isinstance(classes, Iterable):
         text = f"classes={classes!r:.60} must be a list of the backbone's class names in its order, or a file of them."
         raise DataError(text, argument="classes", value=classes)
     _require_names(names := list(classes), LIST)
@@ -177,35 +163,14 @@ def _fault(name: Any) -> str:
         return "is empty"
     if len(name) > LONGEST_NAME:
         return f"has {len(name):,} letters ({name!a:.40}...)"
-    return next(
-        (f"has a character that no name may have, {_described(c)}: {name!a:.80}" for c in name if not is_name(c)), ""
-    )
-
-
-def _described(character: str) -> str:
-    """The number and, if it has one, the name that Unicode gives a character."""
-    return f"U+{ord(character):04X} {unicodedata.name(character, '').lower()}".rstrip()
-
-
-def _unseen(name: str) -> str:
-    """The characters in a name that show nothing, in words."""
-    return some([_described(c) for c in name if unicodedata.category(c) == "Cf"])
-
-
-def _seen(name: str) -> str:
-    """The name as it looks, without those characters."""
-    return "".join(c for c in _nfc(name) if unicodedata.category(c) != "Cf")
+    odd = next((c for c in name if not is_name(c)), None)
+    return "" if odd is None else f"has a character that no name may have, U+{ord(odd):04X}: {name!a:.80}"
 
 
 def _are_adorned(names: Sequence[str], lines: Collection[str]) -> bool:
     """Whether the lines have all of these names with numbers, quotes or separators around them, such as `0: 'cat',`."""
     found = {line.strip(AROUND): line for line in lines}
-    return all(_nfc(name) in found.get(_nfc(name).strip(AROUND), "") for name in names)
-
-
-def _nfc(name: str) -> str:
-    """The name in one of the ways in which Unicode can write an accent. A file and a folder may differ in that."""
-    return unicodedata.normalize("NFC", name)
+    return all(spelt(name) in found.get(spelt(name).strip(AROUND), "") for name in names)
 
 
 def read_names(file: str | Path) -> tuple[str, ...]:
@@ -236,22 +201,26 @@ def _is_json(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------ names in a run, labels on images
 
 
+def classes_of_run(metrics: Any, num_classes: int) -> list[str]:
+    """The names of all classes in the backbone's order, as a run's metrics have them; empty if they do not."""
+    data = (metrics or {}).get("data")
+    split = data.get("split") if isinstance(data, dict) else None
+    names = split.get("classes") if isinstance(split, dict) else None
+    usable = isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names)
+    return list(names) if names and usable else []
+
+
 def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes: int) -> Sequence[str] | None:
     """The classes that a run or an exported model recorded, if the data have some of them; None if the data call theirs otherwise.
 
-    Args:
-        found: names in the data.
-        recorded: their names, in the backbone's order.
-
-    Raises:
-        DataError: if the data have some of the names and others beside them: numbered anew, all labels could be others.
+    Data that have some of the names and others beside them are refused: numbered anew, all labels could be others.
     """
-    known = {_nfc(name) for name in recorded}
-    strange = [name for name in found if _nfc(name) not in known]
+    known = {spelt(name) for name in recorded}
+    strange = [name for name in found if spelt(name) not in known]
     if len(recorded) != num_classes or len(strange) == len(found):
         return None
     if strange:
-        absent = sorted(known - {_nfc(name) for name in found})
+        absent = sorted(known - {spelt(name) for name in found})
         lost = f" Classes of the model that the data do not have: {some(absent)}." if absent else ""
         raise DataError(
             f"Classes of the data that the model does not know: {some(strange)}.{lost} "

@@ -29,18 +29,11 @@ def list_named(name: str, root: Path | None, seed: int = 0) -> Listing:
     """The pictures of "digits", "CIFAR10", "torch/cifar10", "hfds/user/name" and the like.
 
     `root` is the folder that holds torchvision's data set, by default the current one; or the cache of the hub.
-
-    Raises:
-        DataError: if it cannot be read.
-        UnknownName: if there is no data set of that name.
     """
     require_name(name)
-    prefix, _, rest = name.partition("/")
-    if prefix == HUB and rest:
+    if name.startswith(f"{HUB}/"):
         return _list_hub(name, root)
-    if name in NAMED:
-        return NAMED[name](seed)
-    return _list_torchvision(rest if prefix == "torch" and rest else name, root or Path())
+    return NAMED[name](seed) if name in NAMED else _list_torchvision(name, root or Path())
 
 
 def is_sided(name: str) -> bool:
@@ -115,12 +108,7 @@ def _open_hub(name: str, root: Path | None) -> tuple[dict[str, Any], dict[str, s
 
 
 def require_name(name: str) -> None:
-    """Refuse what is no name of a data set, without reading any.
-
-    Raises:
-        DataError: if it is a stream.
-        UnknownName: if there is no data set of that name.
-    """
+    """Refuse what is no name of a data set, without reading any."""
     prefix, _, rest = name.partition("/")
     if prefix in STREAMS and rest:
         raise DataError(
@@ -128,12 +116,14 @@ def require_name(name: str) -> None:
             "from the Hugging Face hub."
         )
     if name not in NAMED and not (prefix == HUB and rest):
-        _find_in_torchvision(rest if prefix == "torch" and rest else name)
+        _find_in_torchvision(name)
 
 
 def _find_in_torchvision(name: str) -> Any:
     from torchvision import datasets
 
+    prefix, _, rest = name.partition("/")
+    name = rest if prefix == "torch" and rest else name
     makers = {key: make for key, make in vars(datasets).items() if inspect.isclass(make) and _has_training_part(make)}
     lower = {key.lower(): key for key in makers}
     asked = name.lower() if name.lower() in lower else name.lower().replace("_", "")  # timm says fashion_mnist

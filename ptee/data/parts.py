@@ -123,11 +123,7 @@ def is_parts_folder(folder: Path, kind: str) -> bool:
 
 
 def read_manifest(folder: Path, kind: str) -> Manifest:
-    """The manifest of a folder.
-
-    Raises:
-        DataError: if there is none, it is damaged, or of something else.
-    """
+    """The manifest of a folder."""
     if not is_file(folder / MANIFEST):
         make = "ptee trace" if kind == "traces" else "ptee cache"
         raise DataError(f"{folder!s:.300} holds no {kind}: it has no {MANIFEST}. Make some: {make}.")
@@ -146,11 +142,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
 
 def read_whole(folder: Path, kind: str) -> Manifest:
-    """The manifest of a folder that is finished.
-
-    Raises:
-        DataError: as of `read_manifest`, if parts are missing, or more images cannot be read than it was allowed.
-    """
+    """The manifest of a folder that is finished, and in which no more images than it was allowed cannot be read."""
     manifest = read_manifest(folder, kind)
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
@@ -172,11 +164,7 @@ def _require_few_unreadable(folder: Path, manifest: Manifest) -> None:
 
 
 def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
-    """Tables of some thousand rows with these columns, part by part. Images that cannot be read are left out.
-
-    Raises:
-        DataError: naming the file that is missing, cut off, changed or of another folder.
-    """
+    """Tables of some thousand rows with these columns, part by part, without images that cannot be read. A changed file is refused."""
     pa = arrow()
     for part in sorted(manifest.parts, key=lambda part: part.name):
         rows = 0
@@ -205,11 +193,7 @@ def key_hashes(folder: Path, manifest: Manifest) -> np.ndarray:
 
 
 def numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
-    """The numbers (b, width) of a column of lists, or (b,) if width is 0.
-
-    Raises:
-        DataError: if there are others.
-    """
+    """The numbers (b, width) of a column of lists, or (b,) if width is 0."""
     values = column.flatten() if width else column
     rows = values.to_numpy(zero_copy_only=False)
     if rows.dtype != kind or len(rows) != max(width, 1) * len(column):
@@ -250,11 +234,7 @@ class PartsWriter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Path]:
-        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there.
-
-        Raises:
-            RunError: if it cannot be written.
-        """
+        """An empty folder to write the tables of a part into. Afterwards the part is whole, or on failure not there."""
         try:
             with writing_in(self.folder) as beside:
                 yield beside
@@ -271,15 +251,12 @@ class PartsWriter:
 
     def _add(self, part: Part, faults: list[dict[str, str]]) -> None:
         if faults:
-            self._name_unreadable(faults)
+            file = self.folder / UNREADABLE
+            before = read_object(file, LARGEST_MANIFEST)["images"] if is_file(file) else []
+            write_json(file, {"images": [row for row in before if row not in faults] + faults})
         self.manifest.parts.append(part)
         write_json(self.folder / MANIFEST, self.manifest.model_dump(mode="json"))
         _require_few_unreadable(self.folder, self.manifest)
-
-    def _name_unreadable(self, faults: list[dict[str, str]]) -> None:
-        file = self.folder / UNREADABLE
-        before = read_object(file, LARGEST_MANIFEST)["images"] if is_file(file) else []
-        write_json(file, {"images": [row for row in before if row not in faults] + faults})
 
 
 def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
@@ -303,16 +280,8 @@ def parts_writer(
 ) -> Iterator[PartsWriter]:
     """Meanwhile no other process writes into the folder. Whole parts of the same rows that are there are kept.
 
-    Args:
-        folder: new, empty, or begun with the same `about`.
-        kind: "traces" or "cache".
-        about: what the rows are of, JSON-able.
-        planned: number of parts.
-        limit: the share of images that may be unreadable.
-        overwrite: replace parts of other rows.
-
-    Raises:
-        DataError: if another process writes there, the folder holds something else, or too many images are unreadable.
+    `about` says what the rows are of, JSON-able; parts of others are refused, or replaced with `overwrite`. `limit`: the share of
+    images that may be unreadable.
     """
     require_writable(folder)
     with ExitStack() as meanwhile:
@@ -326,28 +295,24 @@ def parts_writer(
 
 
 def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limit: float, overwrite: bool) -> Manifest:
-    found = _begun_or_new(folder, kind, about, planned, overwrite)
+    """The manifest of a folder that was begun with the same rows, else a new one; it is written."""
+    as_read = from_json(to_json(dict(about)))
+    found = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
+    if is_parts_folder(folder, kind):
+        old = read_manifest(folder, kind)
+        if overwrite:
+            for part in old.parts:
+                shutil.rmtree(folder / part.name, ignore_errors=True)
+            (folder / UNREADABLE).unlink(missing_ok=True)
+        else:
+            _require_alike(folder, old, found)
+            found = old
+    elif others := [path.name for path in folder.iterdir() if not is_left_over(path.name)]:
+        raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
     found.max_unreadable = min(1.0, limit)
     _require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
     write_json(folder / MANIFEST, found.model_dump(mode="json"))
     return found
-
-
-def _begun_or_new(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, overwrite: bool) -> Manifest:
-    as_read = from_json(to_json(dict(about)))
-    new = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
-    others = [path.name for path in folder.iterdir() if not is_left_over(path.name)]
-    if is_parts_folder(folder, kind):
-        old = read_manifest(folder, kind)
-        if not overwrite:
-            _require_alike(folder, old, new)
-            return old
-        for part in old.parts:
-            shutil.rmtree(folder / part.name, ignore_errors=True)
-        (folder / UNREADABLE).unlink(missing_ok=True)
-    elif others:
-        raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
-    return new
 
 
 def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:

@@ -120,15 +120,9 @@ def _is_removed(picture: Any) -> bool:
 
 
 def decode(file: File) -> Image:
-    """The picture in a file, with 8 bits for each value.
-
-    Raises:
-        BrokenPictureError: if the picture cannot be decoded, or its range of values is unknown.
-    """
+    """The picture in a file, with 8 bits for each value; a BrokenPictureError if there is none."""
     try:
-        image = _open(file)
-        image.load()
-        return eight_bits(image)
+        return _decoded(_read(file))
     except DataError as why:
         raise BrokenPictureError(f"Picture '{file.words}' cannot be used: {why}") from why
     except Exception as why:  # whatever Pillow raises
@@ -142,14 +136,10 @@ def decode_bytes(content: bytes) -> Image:
     Raises:
         DataError: saying in a few words why it cannot be decoded.
     """
-    from PIL import Image
-
     if (scans := scans_of(content)) > SCANS:
         raise DataError(f"it has {scans:,} scans, and {SCANS} are read at most")
     try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
-        image.load()
-        return eight_bits(image)
+        return _decoded(BytesIO(content))
     except DataError:
         raise
     except Exception as why:  # whatever Pillow raises
@@ -174,14 +164,16 @@ def _reason(error: Exception) -> str:
     return NOT_A_FILE if str(error) == NOT_A_FILE else "damaged"
 
 
-def _open(file: File) -> Image:
-    """The picture, not yet decoded. Its bytes are read first, so that no file stays open."""
+def _decoded(encoded: BytesIO) -> Image:
     from PIL import Image
 
-    return Image.open(_read(file), formats=FORMATS)
+    image = Image.open(encoded, formats=FORMATS)
+    image.load()
+    return eight_bits(image)
 
 
 def _read(file: File) -> BytesIO:
+    """All of its bytes, so that no file stays open."""
     found = Path(file.path).stat()
     if not stat.S_ISREG(found.st_mode):  # reading a named pipe would wait for ever
         raise OSError(NOT_A_FILE)
@@ -197,9 +189,6 @@ def check_pictures(parts: Iterable[Any]) -> None:
 
     JPEG is decoded at an eighth of its size, which finds the same faults much faster. Other formats are decoded whole. PNG is
     compared with its checksums, too: decoding does not look at those of its palette.
-
-    Raises:
-        UnreadablePicturesError: naming all pictures that cannot be decoded.
     """
     files = list(dict.fromkeys(file for part in parts for file in _files(part)))
     faults = _of_each(_fault, files, "checking pictures")
@@ -217,11 +206,7 @@ def check_pictures(parts: Iterable[Any]) -> None:
 
 @contextmanager
 def all_broken_named(parts: Iterable[Any]) -> Iterator[None]:
-    """If a picture cannot be read meanwhile, name all such pictures of these data sets. Good pictures are not read twice.
-
-    Raises:
-        UnreadablePicturesError: as of `check_pictures`.
-    """
+    """If a picture cannot be read meanwhile, name all such pictures of these data sets. Good pictures are not read twice."""
     try:
         yield
     except BrokenPictureError:

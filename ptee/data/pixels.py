@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's; it gives some others to other programs
 SIXTEEN_BITS = 65535
 LONGEST_SIDE = (
-    100  # times the shorter one: a picture is resized whole, so a thin one of few bytes would fill the memory
+    100  # times the shorter one: pictures are resized whole, so a thin one of few bytes could fill the memory
 )
 
 SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten
@@ -35,11 +35,7 @@ def scans_of(content: bytes) -> int:
 
 
 def require_sides(size: tuple[int, int]) -> None:
-    """Refuse pictures (width, height) that are far longer than wide, or wider than long.
-
-    Raises:
-        DataError: saying how long a side may be.
-    """
+    """Refuse pictures (width, height) that are far longer than wide, or wider than long."""
     if max(size) > LONGEST_SIDE * min(size):
         raise DataError(
             f"it is of {size[0]} x {size[1]} pixels, and its longer side may be at most {LONGEST_SIDE} times the shorter "
@@ -93,9 +89,6 @@ def model_input(
         mean: for each channel, or one for all, of pixels in 0..1.
         std: the same.
         interpolation: of Pillow, such as "bicubic".
-
-    Raises:
-        DataError: as of `eight_bits`.
     """
     import numpy as np
     from PIL import Image

@@ -100,11 +100,7 @@ class Source:
 
 
 def find_source(source: str | Path) -> Source:
-    """The files of a source: a folder, or one shard or table.
-
-    Raises:
-        DataError: if there is nothing, or no images are listed.
-    """
+    """The files of a source: a folder, or one shard or table."""
     path = expanded(source)
     if not str(source).strip() or not path.exists():
         raise DataError(f"There is no '{source!s:.300}'. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
@@ -184,11 +180,7 @@ def _folder_of(name: str) -> str:
 
 
 def samples(source: Source, files: Sequence[str]) -> Iterator[Sample]:
-    """The samples of some files, in their order.
-
-    Raises:
-        DataError: naming a file that cannot be read.
-    """
+    """The samples of some files, in their order."""
     of_table = partial(_of_table, class_names=source.class_names)
     read: Any = {TAR: _of_shard, PARQUET: of_table, PICTURES: _of_picture}[source.kind]
     for file in files:
@@ -225,7 +217,7 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
                 yield from of_members(f"{name}/{before}", found)
                 found = {}
             before = key
-            if is_wanted(ending):
+            if ending.lower() in LABEL_FILES or is_picture(ending):
                 content = tar.extractfile(member)
                 assert content is not None
                 found[ending.lower()] = content.read()
@@ -236,11 +228,6 @@ def _split(name: str) -> tuple[str, str]:
     """The key of a member and its ending: `a/7.seg.png` is `seg.png` of `a/7`."""
     match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
     return (match[1], match[2]) if match else ("", "")
-
-
-def is_wanted(ending: str) -> bool:
-    """Whether a member of a shard is a picture or a label."""
-    return ending.lower() in LABEL_FILES or is_picture(ending)
 
 
 def is_picture(ending: str) -> bool:
@@ -287,11 +274,7 @@ def _possible_label(key: str, value: Any) -> tuple[int, str]:
 
 
 def read_label(key: str, value: Any) -> tuple[int, str]:
-    """A label as it stands in a source: a number and an empty text, or -1 and the name of a class, or -1 and an empty text.
-
-    Raises:
-        DataError: naming the picture, if it is none of these.
-    """
+    """A label as it stands in a source: a number and an empty text, or -1 and the name of a class, or -1 and an empty text."""
     try:
         text = value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError:

@@ -68,12 +68,7 @@ def open_named(name: str, *, transform: Callable[[Image], Tensor], root: Path | 
 
 
 def require_source(source: str) -> None:
-    """Refuse what is neither a folder nor the name of a data set. Nothing is read.
-
-    Raises:
-        DataError: if it is a file, or a path where there is nothing.
-        UnknownName: if there is no data set of that name.
-    """
+    """Refuse what is neither a folder nor the name of a data set. Nothing is read."""
     if not require_place(source):
         require_name(source)
 

@@ -220,9 +220,6 @@ def complete(
     """All three parts, and the rule in words. Parts that are not delivered are drawn from the training images.
 
     With `report_only`, validation images alone will do, or a few images in all.
-
-    Raises:
-        DataError: if there are too few training images.
     """
     missing = [part for part in PARTS if part not in delivered]
     if not missing or "train" in missing:
@@ -299,11 +296,7 @@ class Parts(NamedTuple):
 
 
 def parts_for_tuning(unseen: Unseen) -> Parts:
-    """Images to choose thresholds on, and the others to report on. The same seed gives the same ones.
-
-    Raises:
-        DataError: if there are too few images.
-    """
+    """Images to choose thresholds on, and the others to report on. The same seed gives the same ones."""
     data, images, n = unseen.data, unseen.images, len(unseen.images)
     own, delivered = images is data.validation, data.split["parts"]
     if own and ("calibration" in delivered or "validation" not in delivered):
@@ -321,11 +314,7 @@ def parts_for_tuning(unseen: Unseen) -> Parts:
 
 
 def parts_for_all(runs: Sequence[Unseen]) -> Parts:
-    """The same, of images that none of several runs has seen.
-
-    Raises:
-        DataError: if the runs have different data, or drew their validation images with different seeds.
-    """
+    """The same, of images that none of several runs has seen."""
     strict = [own for own in runs if own.images is own.data.validation] or list(runs)
     first = strict[0]
     for own in runs:

@@ -114,11 +114,7 @@ def example_images(model: EarlyExitModel, rows: int) -> Tensor:
 
 
 def captured(model: EarlyExitModel) -> fx.GraphModule:
-    """The graph: images (b, c, h, w) -> (the backbone's answer (b, K), (logits, confidence logit) of each exit whose head runs).
-
-    Raises:
-        PteeError: if torch.export cannot capture the model.
-    """
+    """The graph: images (b, c, h, w) -> (the backbone's answer (b, K), (logits, confidence logit) of each exit whose head runs)."""
     try:
         return _captured(_beside(model), model)
     except _OtherModulesRunError:

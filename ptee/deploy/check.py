@@ -18,16 +18,7 @@ OF_A_SIGMOID = 1.0  # confidence logits count by what they change of h; a single
 
 
 def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Sequence[int] = BATCHES) -> None:
-    """Let a row leave at each exit, turn the others around, and compare all answers with the model's.
-
-    Args:
-        model: from which the pieces were made.
-        pieces: to be checked.
-        batches: numbers of rows to try.
-
-    Raises:
-        PteeError: if an answer is another one.
-    """
+    """Let a row leave at each exit, turn the others around, and compare all answers with the model's, for some numbers of rows."""
     for b in batches:
         x = random_images(model.backbone, b, model.plan.input_size)
         with torch.no_grad(), exact_arithmetic:

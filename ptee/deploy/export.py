@@ -24,6 +24,7 @@ from ptee._common.text import number_of, type_name
 from ptee._common.validation import checked, is_name
 from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
+from ptee.data.labels import classes_of_run
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import LARGEST_MANIFEST, MANIFEST, MAX_ROWS, SCHEMA, fingerprint
@@ -41,6 +42,9 @@ BATCHES = (1, 2, 7, 32)  # that are tried before anything is written
 SAME = 1e-4  # share of the largest logit
 EXAMPLE_ROWS = 5
 FOR_EACH_EXIT = 7  # the batch that is answered once more for each exit
+PIXELS_IN_CARD = """
+`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes ImageNet's.
+"""
 NEAR, FROM_THE_ENDS = 1e-6, 1e-5  # a confidence so near to a threshold may round to either side of it
 
 
@@ -195,12 +199,8 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
 
 def class_names(model: EarlyExitModel) -> list[str]:
     """The names of the classes as the run's data has them; empty if it does not say, or they are too long or odd for a manifest."""
-    data = (model.results or {}).get("data")
-    split = data.get("split") if isinstance(data, dict) else None
-    names = split.get("classes") if isinstance(split, dict) else None
-    if not isinstance(names, list) or len(names) != model.num_classes or len(str(names)) > LARGEST_MANIFEST // 4:
-        return []
-    return names if all(map(is_name, names)) else []
+    names = classes_of_run(model.results, model.num_classes)
+    return names if len(str(names)) <= LARGEST_MANIFEST // 4 and all(map(is_name, names)) else []
 
 
 def _require_same(model: EarlyExitModel, folder: Path) -> None:
@@ -272,10 +272,4 @@ runner = ptee.load_exported(".")
 out = runner.predict(images)     # .logits .exit_index .confidence .cost
 runner.threshold = 0.7
 ```
-{_about_pixels(model)}"""
-
-
-def _about_pixels(model: EarlyExitModel) -> str:
-    if model.origin.pixels_known:
-        return ""
-    return "\n`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes ImageNet's.\n"
+{"" if model.origin.pixels_known else PIXELS_IN_CARD}"""

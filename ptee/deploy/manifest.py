@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import PteeError, RunError, first_line
-from ptee._common.files import file_hash, is_file, read_object
-from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole
+from ptee._common.errors import PteeError, RunError
+from ptee._common.files import file_hash, is_file
+from ptee._common.validation import LARGEST_IMAGE, FrozenConfig, Name, Number, Whole, read_record
 from ptee._common.writing import settle
 from ptee.backbones.library import LEAST_STD
 
@@ -90,9 +90,7 @@ class Manifest(FrozenConfig):
     std: tuple[Annotated[Number, Field(ge=LEAST_STD)], ...]
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
     classes: Count
-    class_names: Annotated[
-        tuple[Name, ...], Field(max_length=10**6)
-    ] = ()  # in the order of the logits; empty if not known
+    class_names: Annotated[tuple[Name, ...], Field(max_length=10**6)] = ()  # by the logits; empty if not known
     exits: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     costs: tuple[Annotated[Number, Field(ge=0)], ...]
     thresholds: tuple[Number, ...]
@@ -111,19 +109,13 @@ class Manifest(FrozenConfig):
         channels, height, width = self.input_size
         if channels * height * width > LARGEST_IMAGE:
             raise PteeError(f"input_size={list(self.input_size)} is larger than images can be.")
-        if (
-            len(self.costs) != exits + 1
-            or len(self.thresholds) != exits
-            or {len(self.mean), len(self.std)} - {1, channels}
-        ):
+        sizes = len(self.costs), len(self.thresholds)
+        if sizes != (exits + 1, exits) or {len(self.mean), len(self.std)} - {1, channels}:
             raise PteeError("costs, thresholds, mean or std do not fit the exits and channels.")
         if self.class_names and len(self.class_names) != self.classes:
             raise PteeError("there are other class_names than classes.")
-        if (
-            order[-1] != -1
-            or order[:-1] != sorted({*order[:-1]} & {*range(exits)})
-            or not {*self.off} <= {*range(exits)}
-        ):
+        every = {*range(exits)}
+        if order[-1] != -1 or order[:-1] != sorted({*order[:-1]} & every) or not {*self.off} <= every:
             raise PteeError("pieces and exits that are off do not fit the exits.")
         return self
 
@@ -141,35 +133,17 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder; each file that it names is there and has its hash.
-
-    Raises:
-        RunError: saying in one line what is wrong.
-    """
+    """The manifest of a folder; each file that it names is there and has its hash."""
     file = folder / MANIFEST
     settle(folder)
     if not is_file(file):
         raise RunError(f"{folder!s:.200} holds no exported model: there is no {MANIFEST}. Make one with ptee export.")
-    values = _read(file)
-    version = values.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA:
-        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
-    try:
-        found = Manifest(**values)
-    except PteeError as why:
-        raise RunError(f"{file}: {why} {AGAIN}") from why
+    found, values = read_record(Manifest, file, LARGEST_MANIFEST, SCHEMA, AGAIN)
     if found.fingerprint != fingerprint(values):
         raise RunError(f"{file} was changed. Only thresholds may be changed by hand. {AGAIN}")
     for piece in found.pieces:
         _require_whole(folder / piece.file, piece.sha256)
     return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return read_object(file, LARGEST_MANIFEST)
-    except (OSError, ValueError) as why:
-        raise RunError(f"{file} cannot be read: {first_line(why)} {AGAIN}") from why
 
 
 def _require_whole(file: Path, expected: str) -> None:

@@ -26,12 +26,7 @@ AS_IT_IS = "model.predict works all the same."
 
 
 def not_captured(name: str, why: Exception) -> PteeError:
-    """What to say of a model that torch.export cannot capture.
-
-    Args:
-        name: of the backbone.
-        why: what was raised.
-    """
+    """What to say of a backbone of this name, which torch.export cannot capture."""
     reason = OF_VALUES if type(why).__name__ == "GuardOnDataDependentSymNode" else first_line(why)
     if place := _raised_at(why):
         text = f"{place} stands in the way. {reason}"
@@ -43,14 +38,7 @@ def not_captured(name: str, why: Exception) -> PteeError:
 
 
 def not_written(name: str, format: str, why: BaseException, nodes: Iterable[fx.Node]) -> PteeError:
-    """What to say of a piece that an exporter cannot write.
-
-    Args:
-        name: of the backbone.
-        format: that is wanted.
-        why: what was raised.
-        nodes: the steps of the piece.
-    """
+    """What to say of a piece of a backbone, of these steps, that an exporter cannot write."""
     while why.__cause__ is not None:
         why = why.__cause__
     named = OPERATOR.search(str(why))

@@ -116,10 +116,8 @@ class Runner:
             if not len(stay):
                 break
             if len(gone):
-                rows, alive = (
-                    rows[stay],
-                    [select_rows(t, stay, *where) for t, where in zip(alive, piece.rows, strict=True)],
-                )
+                rows = rows[stay]
+                alive = [select_rows(t, stay, *where) for t, where in zip(alive, piece.rows, strict=True)]
         else:
             parts.append(self._end(rows, limits, *self.pieces[-1](*alive)))
         return self._joined(parts)
@@ -143,16 +141,16 @@ class Runner:
 
     def _prepared(self, x: Array) -> Array:
         size, dtype = tuple(self.manifest.input_size), self.manifest.dtype
-        kind = "an array of numpy" if self.manifest.format == "onnx" else "a tensor of torch"
-        if (self.manifest.format == "onnx") != isinstance(x, np.ndarray):
-            raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
-        if self.manifest.format != "onnx":
-            from ptee.data.batches import require_plain  # it needs torch
+        if self.manifest.format == "onnx":
+            kind, fits = "an array of numpy", isinstance(x, np.ndarray)
+        else:
+            import torch
 
+            from ptee.data.batches import require_plain
+
+            kind, fits = "a tensor of torch", isinstance(x, torch.Tensor)
             require_plain(x)
-        if self.manifest.format != "onnx" and not all(
-            hasattr(x, name) for name in ("ndim", "shape", "dtype", "device")
-        ):
+        if not fits:
             raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
         if x.ndim != 4 or tuple(x.shape[1:]) != size or not len(x):
             raise PteeError(
@@ -186,7 +184,8 @@ class Runner:
 
         try:
             with Image.open(path, formats=FORMATS) as file:
-                return self._pixels(file)
+                m = self.manifest
+                return model_input(file, m.input_size, m.mean, m.std, m.interpolation)
         except FileNotFoundError as why:
             raise PteeError(f"There is no file {path}.") from why
         except IsADirectoryError as why:
@@ -197,10 +196,6 @@ class Runner:
     def from_host(self, x: np.ndarray) -> Array:
         """Images (b, c, h, w) float32 as `predict` takes them: of the model's number type, and a tensor for pt2."""
         return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
-
-    def _pixels(self, picture: Any) -> np.ndarray:
-        m = self.manifest
-        return model_input(picture, m.input_size, m.mean, m.std, m.interpolation)
 
 
 @checked
@@ -234,12 +229,7 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
 
 
 def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
-    """What runs a file by ONNX Runtime.
-
-    Raises:
-        PteeError: if ONNX Runtime is missing, or the device is not there.
-        RunError: if the file is none of its models.
-    """
+    """What runs a file by ONNX Runtime."""
     try:
         import onnxruntime
     except ImportError as why:
@@ -271,15 +261,10 @@ def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[
 def _pt2(file: Path, device: str) -> Callable[..., Sequence[Array]]:
     import torch
 
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        there = (
-            f"{torch.cuda.device_count()} NVIDIA GPUs are here"
-            if torch.cuda.device_count()
-            else "no NVIDIA GPU is here"
-        )
-        raise PteeError(
-            f"device={device!r} is not possible: {there}. Give 'cpu' or another.", argument="device", value=device
-        )
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= (gpus := torch.cuda.device_count()):
+        there = f"{gpus} NVIDIA GPUs are here" if gpus else "no NVIDIA GPU is here"
+        text = f"device={device!r} is not possible: {there}. Give 'cpu' or another."
+        raise PteeError(text, argument="device", value=device)
     module = _program(file, device)
 
     def run(*alive: Any) -> Sequence[Any]:

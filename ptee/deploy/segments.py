@@ -81,9 +81,6 @@ def segments(model: EarlyExitModel, *, keep_logits: bool = False, ahead: int = 0
         keep_logits: hand on the logits of each exit to all later pieces, for a confidence or a blend that reads them.
         ahead: how many products (convolutions, linear layers) of the next piece all rows go through while it is decided who
             leaves.
-
-    Raises:
-        PteeError: if torch.export cannot capture the model, or rows and something else are mixed in one axis at a cut.
     """
     return _Splitter(captured(model), keep_logits, ahead).pieces()
 
@@ -185,13 +182,8 @@ class _Splitter:
         """The tensors that follow from the weights: neither from the images nor from the number of rows."""
         found: set[fx.Node] = set()
         for node in self.nodes:
-            fixed = all(a.op == "get_attr" or a in found for a in node.all_input_nodes)
-            if (
-                node.op == "call_function"
-                and fixed
-                and node not in self.changed
-                and isinstance(node.meta.get("val"), Tensor)
-            ):
+            fixed = node not in self.changed and all(a.op == "get_attr" or a in found for a in node.all_input_nodes)
+            if fixed and node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
                 found.add(node)
         return found
 
@@ -227,11 +219,9 @@ class _Splitter:
         for i, exit in enumerate(self.exits):
             at_cut, behind = self._alive_behind(2 * i), self._alive_behind(2 * i + 1)
             module = self._graph(2 * i, alive, rows, (tuple(at_cut), *self.said[i]))
-            ahead = (
-                None
-                if at_cut == behind
-                else self._graph(2 * i + 1, at_cut, list(map(self._rows_of, at_cut)), tuple(behind))
-            )
+            ahead = None
+            if at_cut != behind:
+                ahead = self._graph(2 * i + 1, at_cut, list(map(self._rows_of, at_cut)), tuple(behind))
             alive, rows = behind, list(map(self._rows_of, behind))
             made.append(Segment(module, ahead, tuple(rows), exit, self._earlier(alive)))
         last = self._graph(2 * len(self.exits), alive, rows, self.answer)
@@ -330,10 +320,9 @@ class _Piece:
         if each is None:
             raise PteeError(f"{at(node)} gives a size that is no multiple of the number of rows.")
         if self._count is None:
-            size = self.graph.call_function(torch.ops.aten.sym_size.int, (self._first, self._rows.axis))
-            self._count = (
-                size if self._rows.each == 1 else self.graph.call_function(operator.floordiv, (size, self._rows.each))
-            )
+            self._count = self.graph.call_function(torch.ops.aten.sym_size.int, (self._first, self._rows.axis))
+            if self._rows.each > 1:
+                self._count = self.graph.call_function(operator.floordiv, (self._count, self._rows.each))
         return self._count if each == 1 else self.graph.call_function(operator.mul, (self._count, each))
 
 

@@ -58,15 +58,7 @@ class Blend:
         return {"to_the_end": self.to_the_end, "weights": rows, "remark": self.remark}
 
     def require_weights(self, on: Exits, exits: int) -> None:
-        """Refuse a choice of exits that has no weights.
-
-        Args:
-            on: the exits that are on.
-            exits: E.
-
-        Raises:
-            PteeError: saying what to do.
-        """
+        """Refuse a choice of exits, of E in all, that has no weights."""
         wanted = [(n, on[:k]) for k, n in enumerate(on)] + [(exits, on)] * self.to_the_end
         if any(key not in self.weights for key in wanted):
             raise PteeError(

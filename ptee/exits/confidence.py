@@ -210,9 +210,8 @@ def register_confidence(name: str) -> Callable[[OfProbabilities], OfProbabilitie
 
     def add(function: OfProbabilities) -> OfProbabilities:
         known = CONFIDENCES.get(name)
-        if known is not None and not (
-            isinstance(known, FromProbabilities) and same_definition(known.function, function)
-        ):
+        same = isinstance(known, FromProbabilities) and same_definition(known.function, function)
+        if known is not None and not same:
             raise PteeError(f"The confidence name {name!r} is taken. Register yours under another name.")
         _check_function(name, function)
         CONFIDENCES[name] = FromProbabilities(function)
@@ -227,9 +226,8 @@ def same_definition(one: Any, other: Any) -> bool:
 
 
 def _check_function(name: str, function: OfProbabilities) -> None:
-    p = (3 * torch.randn(4, 10, dtype=torch.float32, generator=torch.Generator().manual_seed(0), device="cpu")).softmax(
-        -1
-    )
+    seeded = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(4, 10, dtype=torch.float32, generator=seeded, device="cpu")).softmax(-1)
     h = function(p.clone())
     if not isinstance(h, Tensor) or h.shape != (4,):
         found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__

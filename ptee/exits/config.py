@@ -95,11 +95,8 @@ class ConfidenceConfig(FrozenConfig):
         description="What the calibrated confidence is the probability of: agrees (the answer is the backbone's), right (it is "
         "the label) or best (it is the label, or no later exit would give the label).",
     )
-    calibration_share: Number = Field(
-        0.1,
-        gt=0,
-        le=0.5,
-        description="Share of the training images that the confidence is calibrated on; no head learns from them.",
+    calibration_share: Annotated[Number, Field(gt=0, le=0.5)] = Field(
+        0.1, description="Share of the training images that the confidence is calibrated on; no head learns from them."
     )
 
     @model_validator(mode="after")

@@ -155,9 +155,7 @@ HEADS.update(
         "plain": lambda channels, height, width: nn.Flatten(),
         "pool": lambda channels, height, width: _MeanPool(),
         "bnpool": _bnpool,
-        "conv1": _conv(1),
-        "conv2": _conv(2),
-        "conv3": _conv(3),
+        **{f"conv{n}": _conv(n) for n in (1, 2, 3)},
     }
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,10 @@ class Plan:
     times: tuple[float, ...] = ()
     unit: str = ""
     parameter_shares: tuple[float, ...] = ()
+    legend: ClassVar[str] = (
+        "backbone, head cost, cost: fractions of the bare backbone's multiply-accumulates. backbone: up to the exit; cost: of an "
+        "image that\nleaves there, with every head on its way."
+    )
 
     @property
     def head(self) -> str:
@@ -134,22 +138,14 @@ class Plan:
         return tuple(n for n in sorted(self.off) if n >= last)  # those before it are run for its sake
 
     def switched_off(self, off: Sequence[int]) -> Plan:
-        """The same plan with these exits off and all others on.
-
-        Args:
-            off: their numbers.
-        """
+        """The same plan with these exits off and all others on."""
         plan = replace(self, off=tuple(sorted(off)))
         heads = accumulate(0.0 if n in plan.skipped else e.head_cost for n, e in enumerate(self.exits))
         rows = [replace(e, cost=e.backbone_cost + passed) for e, passed in zip(self.exits, heads, strict=True)]
         return replace(plan, exits=tuple(rows))
 
     def with_confidence(self, name: str) -> Plan:
-        """The same plan where rows leave by another confidence.
-
-        Args:
-            name: a key of `CONFIDENCES`.
-        """
+        """The same plan where rows leave by another confidence."""
         return replace(self, confidence=name).switched_off(self.off)
 
     @property
@@ -179,41 +175,17 @@ class Plan:
         sized = [OF_PARAMETERS] * bool(self.parameter_shares)
         return "\n".join([title, *timed, *sized, self._table(differ), *self._notes()])
 
-    @property
-    def legend(self) -> str:
-        """What the columns mean."""
-        return (
-            "backbone, head cost, cost: fractions of the bare backbone's multiply-accumulates. backbone: up to the exit; cost: of an "
-            "image that\nleaves there, with every head on its way."
-        )
-
     def _table(self, differ: bool) -> str:
         """A row for each exit and one for the backbone. The heads have a column where they differ."""
-        heads = ["head"] if differ else []
-        timed = [f"{t:.4f}" for t in (*self.times, 1.0)] if self.times else []
-        sized = [f"{p:.4f}" for p in (*self.parameter_shares, 1.0)] if self.parameter_shares else []
-        title = (
-            "exit",
-            "module",
-            "shape",
-            *heads,
-            *["time"] * bool(timed),
-            *["of parameters"] * bool(sized),
-            "backbone",
-            "head cost",
-            "cost",
-            "parameters",
-        )
-        rows = [
-            (str(n), e.name, _shape(e, cut), *([e.head] if differ else []), *timed[n : n + 1], *sized[n : n + 1], f"{e.backbone_cost:.4f}",
-             f"{e.head_cost:.4f}", f"{e.cost:.4f}", f"{e.parameters:,}")
-            for n, (e, cut) in enumerate(zip(self.exits, self.cuts, strict=True))
-        ]  # fmt: skip
-        end = (
-            str(len(self.exits)), "(backbone)", str(self.classes), *([""] if differ else []), *timed[-1:], *sized[-1:], "1.0000", "",
-            f"{self.final_cost:.4f}", f"{self.parameters:,}",
-        )  # fmt: skip
-        return table([title, *rows, end], left={1})
+        more = {"head": [*(e.head for e in self.exits), ""]} if differ else {}
+        for name, shares in {"time": self.times, "of parameters": self.parameter_shares}.items():
+            more |= {name: [f"{share:.4f}" for share in (*shares, 1.0)]} if shares else {}
+        rows = [("exit", "module", "shape", *more, "backbone", "head cost", "cost", "parameters")]
+        for n, (e, cut) in enumerate(zip(self.exits, self.cuts, strict=True)):
+            costs = (f"{cost:.4f}" for cost in (e.backbone_cost, e.head_cost, e.cost))
+            rows.append((str(n), e.name, _shape(e, cut), *(c[n] for c in more.values()), *costs, f"{e.parameters:,}"))
+        end = (*(c[-1] for c in more.values()), "1.0000", "", f"{self.final_cost:.4f}", f"{self.parameters:,}")
+        return table([*rows, (str(len(self.exits)), "(backbone)", str(self.classes), *end)], left={1})
 
     def _notes(self) -> Iterator[str]:
         yield from (self._why_too_expensive(n) for n, e in enumerate(self.exits) if e.cost >= 1 and n not in self.off)

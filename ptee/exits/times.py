@@ -65,23 +65,16 @@ class BatchTimes:
             return 1.0
         left = torch.as_tensor(shares, dtype=torch.float64, device=self.segments.device)
         come = (1 - torch.cat([left.new_zeros(1), left[:-1].cumsum(0)])).clamp(0, 1)
-        rows = torch.distributions.Binomial(self.batch, come[:, None], validate_args=False)
-        chance = rows.log_prob(
-            torch.arange(self.batch + 1, dtype=torch.float64, device=come.device)[None]
-        ).exp()  # (E+1, b+1)
-        chance = torch.where(
-            come[:, None] >= 1, torch.eye(self.batch + 1, dtype=torch.float64, device=come.device)[-1], chance
-        )
+        rows = torch.arange(self.batch + 1, dtype=torch.float64, device=come.device)
+        binomial = torch.distributions.Binomial(self.batch, come[:, None], validate_args=False)
+        chance = binomial.log_prob(rows).exp()  # (E+1, b+1)
+        chance = torch.where(come[:, None] >= 1, (rows == self.batch).double(), chance)
         segments, heads = (chance * self.segments).sum(1), (chance[:-1] * self.heads).sum(1)
         if self.moves is not None:
-            heads = heads + (chance[:-1] * self._some_leave(come) * self.moves).sum(1)
+            stay = (come[1:] / come[:-1]).nan_to_num(1)[:, None]
+            some_leave = (1 - stay**rows - (1 - stay) ** rows).clamp(min=0)  # and others stay
+            heads = heads + (chance[:-1] * some_leave * self.moves).sum(1)
         return self.call + segments.sum().item() + heads[run].sum().item()
-
-    def _some_leave(self, come: Tensor) -> Tensor:
-        """(E, b+1) the chance that of so many rows at an exit some leave and others stay; (E+1,) `come` to each piece."""
-        rows = torch.arange(self.batch + 1, dtype=torch.float64, device=come.device)
-        stay = (come[1:] / come[:-1]).nan_to_num(1)[:, None]
-        return (1 - stay**rows - (1 - stay) ** rows).clamp(min=0)
 
     def at_rows(self, run: Tensor, rows: Sequence[int]) -> float:
         """The time of a batch of which so many rows (E+1,) come to each piece: the limit of what leaving can reach."""
@@ -92,7 +85,5 @@ class BatchTimes:
         """Linear prices of a row: the mean over a whole batch, and what the upper and the lower half of its rows add."""
         b, half = self.batch, self.batch // 2
         spans = [(0, b)] + [(half, b), (0, half)] * (half > 0)
-        found = [
-            Prices(*(b / (to - at) * (t[:, to] - t[:, at]) for t in (self.segments, self.heads))) for at, to in spans
-        ]
-        return [Prices(*(t.clamp(min=0) for t in prices)) for prices in found]
+        tables = self.segments, self.heads
+        return [Prices(*((b / (to - at) * (t[:, to] - t[:, at])).clamp(min=0) for t in tables)) for at, to in spans]

@@ -147,11 +147,7 @@ class Wish(FrozenConfig):
 
 
 def best_within(curve: Curve, wish: Wish) -> Point:
-    """The point that loses least within a cost or time, or is cheapest within a drop.
-
-    Raises:
-        PteeError: if no point is within the limit, or the curve does not have what is limited.
-    """
+    """The point that loses least within a cost or time, or is cheapest within a drop."""
     name, limit = wish.only()
     limited = name.removeprefix("max_")
     values = {point: getattr(point, limited) for point in curve.points}

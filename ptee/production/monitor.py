@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -46,27 +46,8 @@ class MonitorConfig(FrozenConfig):
     seed: Whole | None = None
 
 
-class Answers(Protocol):
-    """What a model answered: `ptee.ExitOutput`."""
-
-    @property
-    def logits(self) -> Tensor:
-        """(b, K)."""
-
-    @property
-    def exit_index(self) -> Tensor:
-        """(b,)."""
-
-    @property
-    def confidence(self) -> Tensor:
-        """(b,)."""
-
-    @property
-    def cost(self) -> Tensor:
-        """(b,)."""
-
-
-A = TypeVar("A", bound=Answers)
+Answers = Any  # what a model answered: `ptee.ExitOutput`, of a folder that imports this one
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
@@ -162,7 +143,7 @@ class Monitor:
         if ends:
             warn(
                 f"The promise of this monitor is not of the model as it is now: {changed} changed. Until that is changed back, answers are "
-                f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g}).",
+                f"counted and not audited. To promise for the model as it is: monitor.renew(max_fidelity_drop={self.max_fidelity_drop:g})."
             )
         return kept
 
@@ -217,13 +198,10 @@ class Monitor:
             began = time.perf_counter()
             bare = torch.cat([self.model.bare(some).argmax(-1) for some in images[left].split(at_once)])
             differs[left] = bare != answers[left]
-            self._spent(time.perf_counter() - began)
+            with self._lock:
+                self._seconds += time.perf_counter() - began
         found: list[bool] = differs.tolist()
         return found
-
-    def _spent(self, seconds: float) -> None:
-        with self._lock:
-            self._seconds += seconds
 
     def _see(self, differs: Sequence[bool], rows: Sequence[int]) -> None:
         raised = False
@@ -376,11 +354,7 @@ def _mean(total: float, n: float) -> float | None:
 
 
 def new_monitor(model: Any, settings: MonitorConfig) -> Monitor:
-    """A monitor of a model, for the promise that is given, or else for the one that the model was tuned for.
-
-    Raises:
-        PteeError: if the model has a monitor already, or nothing is promised.
-    """
+    """A monitor of a model, for the promise that is given, or else for the one that the model was tuned for."""
     if model.monitored is not None and model.monitored.model is model:  # else it watches what this is a copy of
         raise PteeError("This model has a monitor already: model.monitored. Stop it first: model.monitored.stop().")
     made = Monitor(model, settings, _promise_of(model, settings))
@@ -398,7 +372,7 @@ def _warn_if_late(monitor: Monitor) -> None:
     about = f"{float(f'{images:.2g}'):,.0f}" if images < 1e12 else f"{images:.1e}"
     warn(
         f"With audit={audit:g} it takes about {about} images to find that {bad:.2g} of the answers differ instead of {limit:g}. "
-        f"To find it within {LATE:,}, give {more}.",
+        f"To find it within {LATE:,}, give {more}."
     )
 
 

@@ -115,11 +115,7 @@ class State(_Audits):
 
 
 def read_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> State:
-    """A state that was saved by a monitor like this one, whose own state is `own`.
-
-    Raises:
-        PteeError: if it is no state, or that of another monitor.
-    """
+    """A state that was saved by a monitor like this one, whose own state is `own`."""
     try:
         saved = State.model_validate(json.loads(json.dumps(state)))
     except ValidationError as why:

@@ -25,27 +25,7 @@ from ptee.model.forward import ExitOutput
 from ptee.recording.budget import Budget, peak
 from ptee.recording.decision import Answers, Staying, decide, end
 
-SIZES = (
-    1,
-    2,
-    4,
-    6,
-    8,
-    12,
-    16,
-    20,
-    24,
-    28,
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-)  # and from there on in steps of 1/8 or less
+SIZES = (1, 2, 4, 6, *range(8, 32, 4), *range(32, 64, 8), *range(64, 129, 16))  # then in steps of 1/8 or less
 UNKNOWN = -1  # how many rows stay, before the device has said so
 LOOKS = 4096  # between two checks that the device is still at work
 

@@ -31,12 +31,7 @@ def peak(device: torch.device, work: Callable[[], object]) -> int:
 
 
 class Budget:
-    """What the recordings of one model have taken.
-
-    Args:
-        device: where they are.
-        limit: of all of them, in bytes; None for none.
-    """
+    """What the recordings of one model have taken of a device. `limit`: of all of them, in bytes; None for none."""
 
     def __init__(self, device: torch.device, limit: int | None) -> None:
         self.device, self.limit, self.spent = device, limit, 0

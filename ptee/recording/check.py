@@ -20,14 +20,7 @@ COMPILED = 3.0  # times the tolerance: torch.compile keeps more digits between t
 
 
 def check_recorded(pieces: Buckets) -> None:
-    """Let rows leave at each exit, also where what stays moves to smaller buckets, and compare all that is answered with the model's.
-
-    Args:
-        pieces: recorded, to be checked as they are.
-
-    Raises:
-        PteeError: if an answer is another one.
-    """
+    """Let rows leave at each exit, also where what stays moves to smaller buckets, and compare all that is answered with the model's."""
     model, largest = pieces.model, pieces.sizes[-1]
     ends = len(model.exits) + 1
     for b in (b for b in BATCHES if b <= largest):
@@ -49,13 +42,7 @@ def check_recorded(pieces: Buckets) -> None:
 def check_size(pieces: Buckets, size: int, allowed: float = 1.0) -> None:
     """Let all rows of a batch leave at each exit in turn, and compare all that is answered with the model's.
 
-    Args:
-        pieces: recorded for batches of this size.
-        size: of the batches.
-        allowed: times the tolerance of the number type.
-
-    Raises:
-        PteeError: if an answer is another one.
+    `allowed`: so many times the tolerance of the number type.
     """
     model = pieces.model
     ends = len(model.exits) + 1

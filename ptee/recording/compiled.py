@@ -13,10 +13,7 @@ from torch import Tensor
 from ptee._common.errors import PteeError, first_line
 
 AUTO, GRAPHS, COMPILE, EAGER = "auto", "graphs", "compile", "eager"  # the modes of `optimize`
-SIZES, SIZES_OF_ALL = (
-    256,
-    4096,
-)  # that are compiled; torch's own 8 would leave the next ones as they are, without a word
+SIZES, SIZES_OF_ALL = 256, 4096  # that are compiled; torch's own 8 would leave the others as they are, without a word
 
 
 def compiled(piece: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
@@ -42,18 +39,12 @@ def compiled(piece: Callable[..., Any], mode: str | None = None) -> Callable[...
     return call
 
 
-def _compilers() -> list[str]:
-    """Those of C++ that torch may call."""
-    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-
-
 def _not_compiled(why: Exception, device: str) -> PteeError:
-    needs = (
-        "triton (pip install triton)"
-        if device == "cuda"
-        else "a C++ compiler (such as apt install g++; CXX names another)"
-    )
-    other = f"mode={GRAPHS if device == 'cuda' else EAGER!r}"
-    is_missing = find_spec("triton") is None if device == "cuda" else not any(map(shutil.which, _compilers()))
+    if device == "cuda":
+        needs, other, is_missing = "triton (pip install triton)", f"mode={GRAPHS!r}", find_spec("triton") is None
+    else:
+        needs, other = "a C++ compiler (such as apt install g++; CXX names another)", f"mode={EAGER!r}"
+        compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]  # that torch may call
+        is_missing = not any(map(shutil.which, compilers))
     mend = f"It needs {needs}. Install that, or give {other}." if is_missing else f"Give {other}."
     return PteeError(f"torch.compile cannot make this model's pieces: {first_line(why)} {mend}")

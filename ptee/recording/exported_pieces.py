@@ -20,13 +20,7 @@ Piece = Callable[..., Any]
 
 
 class ExportedPieces(Buckets):
-    """Runs batches through recorded segments.
-
-    Args:
-        model, max_batch, example: as of `Buckets`.
-        segments: of the model.
-        compiled: compiles a piece; None: pieces run as they are.
-    """
+    """Runs batches through recorded segments of a model. `compiled` compiles a piece; None: pieces run as they are."""
 
     def __init__(
         self,

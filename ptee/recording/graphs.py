@@ -56,14 +56,7 @@ class Graphs:
         return made[0], replay
 
     def record_parts(self, run: Callable[[Callable[[], None]], None]) -> list[Callable[[], None]]:
-        """Record work that is done in one go as several parts.
-
-        Args:
-            run: does the work. It calls what it is given between two parts.
-
-        Returns:
-            For each part what repeats it.
-        """
+        """Record work that is done in one go as several parts: `run` calls what it is given between two. Gives what repeats each."""
         graphs: list[torch.cuda.CUDAGraph] = []
 
         def begin() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,29 +28,16 @@ from ptee.recording.buckets import Bucket, Buckets
 from ptee.recording.graphs import Graphs, dense
 from ptee.recording.memory import Memory
 
-Run = Callable[[Callable[[], None]], None]
-
-
-class PartsRecorder(Protocol):
-    """Records work that is done in one go as several parts."""
-
-    def record_parts(self, run: Run) -> list[Callable[[], None]]:
-        """See `Graphs`."""
-
 
 class HookedPieces(Buckets):
-    """Runs batches through pieces that were recorded through the hooks.
-
-    Args:
-        model, max_batch, example: as of `Buckets`.
-    """
+    """Runs batches through pieces that were recorded through the hooks."""
 
     how = "through the hooks of"
 
     def __init__(self, model: EarlyExitModel, max_batch: int, example: Tensor) -> None:
         exits = [n for n in range(len(model.exits)) if n not in model.plan.skipped]
         super().__init__(model, exits, max_batch, example)
-        self._recorder: PartsRecorder = Graphs()
+        self._recorder = Graphs()
         self._without_heads: list[Bucket] = []  # which are kept as long as they may be repeated
 
     def replays_without_heads(self, rows: int) -> list[Callable[[], None]]:

@@ -20,10 +20,7 @@ from ptee.analysis.axes import memory_of
 from ptee.analysis.cut_points import tensors_in, written_by
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-ASKS = (
-    torch.Tag.data_dependent_output,
-    torch.Tag.dynamic_output_shape,
-)  # of operators whose results the host waits for
+ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the host waits for what these give
 ONLY_SHAPES = ("_like", "new_")  # in the names of operators that read no value of the tensor that they are given
 
 
@@ -97,19 +94,15 @@ class Memory(TorchDispatchMode):
             raise PteeError(f"{func} reads what depends on the images and went past an exit")
         if made is not None and memory not in self._of_images and memory not in self.constants:
             with self.unwatched():
-                self.constants[memory] = _bytes_of(tensor)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """All of a tensor's memory."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+                empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+                self.constants[memory] = empty.set_(tensor.untyped_storage())  # all of its bytes
 
 
 def _asks(func: Any, args: Sequence[Any]) -> bool:
     """Whether the host waits for what an operator gives. An index of numbers is no such question, a mask is."""
     if func._schema.name.startswith("aten::index"):
         return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1:2]))
-    return bool(set(ASKS) & set(func.tags))
+    return not ASKS.isdisjoint(func.tags)
 
 
 def _reads_no_value(func: Any) -> bool:

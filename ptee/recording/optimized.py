@@ -36,6 +36,7 @@ from ptee.recording.exported_pieces import ExportedPieces
 from ptee.recording.hooked_pieces import HookedPieces
 
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
+SETTINGS = ("blend", "calibrated", "results", "curve")  # of a model, beside its properties
 _training, _version = attrgetter("training"), attrgetter("_version")
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
 
@@ -61,17 +62,15 @@ class OptimizedModel(nn.Module):
         self.model, self.max_batch, self.mode, self._limit = model, max_batch, mode, limit
         self._example = example_images(model, 1)
         self._lock = threading.Lock()
-        self._bare: dict[
-            int, tuple[Buckets, list[Callable[[], None]]]
-        ] = {}  # the pieces without heads, if they are timed
+        # the pieces without heads, if they are timed
+        self._bare: dict[int, tuple[Buckets, list[Callable[[], None]]]] = {}
         with _as_recorded(self._example):
             self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
         self.eval()
 
     def __getstate__(self) -> Any:
-        raise PteeError(
-            "An optimized model cannot be copied or pickled. Copy its .model, and call ptee.optimize on the copy."
-        )
+        text = "An optimized model cannot be copied or pickled. Copy its .model, and call ptee.optimize on the copy."
+        raise PteeError(text)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OptimizedModel:
         """What `to`, `half` and `cuda` call."""
@@ -87,12 +86,7 @@ class OptimizedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are the model's."""
-        if isinstance(getattr(EarlyExitModel, name, None), property) or name in (
-            "blend",
-            "calibrated",
-            "results",
-            "curve",
-        ):
+        if isinstance(getattr(EarlyExitModel, name, None), property) or name in SETTINGS:
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)
@@ -220,7 +214,8 @@ class OptimizedModel(nn.Module):
     def _keep_up(self) -> None:
         """Take the model apart again if its settings, weights or modules are others by now."""
         if not (self._same_settings() and self._made_of.unchanged()):
-            if example_images(self.model, 1).dtype != self._example.dtype or self._elsewhere():
+            now = example_images(self.model, 1)
+            if (now.dtype, now.device) != (self._example.dtype, self._example.device):
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
             self._bare.clear()
             self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
@@ -238,9 +233,6 @@ class OptimizedModel(nn.Module):
     def _on_gpu(self) -> bool:
         return self._example.device.type == "cuda"
 
-    def _elsewhere(self) -> bool:
-        return one_parameter(self.model.backbone).device != self._example.device
-
     def _made(self) -> Buckets:
         try:
             pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if self._on_gpu else 0)
@@ -250,18 +242,16 @@ class OptimizedModel(nn.Module):
                 raise
             return self._through_hooks(why)
         by = compiled if self.mode == COMPILE else None
-        made = self._within_limit(ExportedPieces(self.model, pieces, self.max_batch, self._example, by))
+        made = ExportedPieces(self.model, pieces, self.max_batch, self._example, by)
+        made.budget.limit = self._limit
         if by or self._on_gpu:  # else pieces run as they were checked
             made.check = partial(check_size, allowed=COMPILED if by else 1.0)
         return made
 
-    def _within_limit(self, made: Buckets) -> Buckets:
-        made.budget.limit = self._limit
-        return made
-
     def _through_hooks(self, why: PteeError) -> Buckets:
         """Pieces for a model that cannot be captured, and why it cannot."""
-        made = self._within_limit(HookedPieces(self.model, self.max_batch, self._example))
+        made = HookedPieces(self.model, self.max_batch, self._example)
+        made.budget.limit = self._limit
         try:
             check_recorded(made)
         except PteeError as other:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class Budget:
     heads_rate: float
     limit: int
     choices: tuple[Choice, ...]
+    legend: ClassVar[str] = (
+        "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
+        "enough;\non several, divide the backbone's part by their number. For heads that pool first they are the backbone's alone; those of the heads come on top."
+        "\ncache: in memory, or on a disk above 1 GiB."
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -92,43 +97,19 @@ class Budget:
 
     def __str__(self) -> str:
         title = ("kept", "passes", "hours", "cache", "fits", "how")
-        rows = [
-            (
-                c.keeps,
-                str(c.passes),
-                f"{c.hours:.2f}{' or more' * (c.keeps == POOLED)}",
-                amount(c.size) if c.size else "-",
-                "yes" if c.fits else "no",
-                c.how,
-            )
-            for c in self.choices
-        ]
+        rows = []
+        for c in self.choices:
+            hours, size = f"{c.hours:.2f}{' or more' * (c.keeps == POOLED)}", amount(c.size) if c.size else "-"
+            rows.append((c.keeps, str(c.passes), hours, size, "yes" if c.fits else "no", c.how))
         rates = f"{self.backbone_rate:,.0f} images a second through the backbone and {self.heads_rate:,.0f} through the heads"
         head = f"{self.images:,} images, {self.epochs} epochs, {self.views} views; measured on {self.device}: {rates}."
         return f"{head}\n{table([title, *rows], left={0, 5})}\n{self.words}"
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean."""
-        return (
-            "passes: of the backbone over the images. hours: on one device such as this one, if images are read and decoded fast "
-            "enough;\non several, divide the backbone's part by their number. For heads that pool first they are the backbone's alone; those of the heads come on top."
-            "\ncache: in memory, or on a disk above 1 GiB."
-        )
 
 
 def budget(
     model: EarlyExitModel, images: int, config: TrainingConfig, device: torch.device, limit: int = LIMIT
 ) -> Budget:
-    """What a training of a model's heads takes. A few batches run on the device for it.
-
-    Args:
-        model: with untrained heads. Afterwards it is as it was, in eval mode.
-        images: number of training images.
-        config: the settings of the training.
-        device: where the training would run.
-        limit: bytes that a cache may take.
-    """
+    """What a training of a model's untrained heads takes. A few batches run on the device; then the model is as it was, in eval mode."""
     config = config.resolved()
     epochs = epochs_for(images, config.batch_size) if config.epochs == "auto" else int(config.epochs)
     views = 2 if config.views == "auto" else int(config.views)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.files import as_path
@@ -76,8 +79,6 @@ def cache(
 
 def _shapes(worker: Worker, source: Source) -> list[list[int]]:
     """Of each head's input for one image."""
-    import torch
-
     _ = list(islice(samples(source, source.files), 1))  # a source that cannot be read is refused here
     with torch.no_grad():
         reading = worker.model.read(worker.model.prepared(torch.zeros(1, *worker.model.plan.input_size, device="cpu")))
@@ -86,8 +87,6 @@ def _shapes(worker: Worker, source: Source) -> list[list[int]]:
 
 def _size(shapes: list[list[int]], num_classes: int, source: Source) -> int:
     """Bytes: two for each number of an input, and four for each logit."""
-    import math
-
     return source.count() * (2 * sum(map(math.prod, shapes)) + 4 * num_classes)
 
 

@@ -143,9 +143,8 @@ def _told(why: BaseException, paths: Sequence[str], folder: Path) -> PteeError:
 
 def _webdataset(data: Any, paths: list[str]) -> Any:
     wanted = [*(f"*.{ending}" for ending in LABEL_FILES), *(f"*{ending}" for ending in EXTENSIONS)]
-    return data.read_webdataset(
-        paths, decoder=None, fileselect=wanted, include_paths=True
-    )  # its decoder would unpickle
+    # its decoder would unpickle
+    return data.read_webdataset(paths, decoder=None, fileselect=wanted, include_paths=True)
 
 
 def _parquet(data: Any, paths: list[str]) -> Any:
@@ -182,9 +181,8 @@ def samples_of(source: Source, batch: Mapping[str, Any]) -> list[Sample]:
         return [Sample(name, content, UNKNOWN_LABEL, class_of(name), True) for name, content in pairs]
     if source.kind == PARQUET:
         image, label, key = columns_of(source.place, list(batch))
-        columns = [
-            batch[c].tolist() if c else [None] * len(names) for c in (image, label, None if key == "path" else key)
-        ]
+        wanted = (image, label, None if key == "path" else key)
+        columns = [batch[c].tolist() if c else [None] * len(names) for c in wanted]
         rows = zip(names, *columns, strict=True)
         return [of_row(name, pixels, given, named, source.class_names) for name, pixels, given, named in rows]
     found: list[Sample] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,10 @@ from torch import Tensor
 from ptee._common.errors import Argument, DataError, PteeError, some, unknown, warn
 from ptee._common.files import as_path, plain
 from ptee._common.progress import Log, counted
+from ptee._common.text import spelt
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import answering_hash, weights_hash
-from ptee.data.labels import LabelMap, describe_labels, map_labels, read_names, recorded_classes
+from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, read_names, recorded_classes
 from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
 from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source
@@ -24,7 +25,7 @@ from ptee.data.splits import Data
 from ptee.evaluation.class_order import choose_class_order, labels_as_recorded
 from ptee.model.early_exit import EarlyExitModel
 from ptee.scale import local, ray_engine
-from ptee.scale.worker import Job, open_model, spelt
+from ptee.scale.worker import Job, open_model
 from ptee.tuning.trace_folder import TraceFolder, open_traces
 
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
@@ -107,11 +108,7 @@ def tell_labels(labels: LabelMap | None, log: Log | None, word: Callable[[Argume
 
 
 def engine_of(engine: str, workers: int) -> Any:
-    """What makes parts, if it can be used here.
-
-    Raises:
-        PteeError: if there is no such engine, it is not installed, or the number of workers is wrong.
-    """
+    """What makes parts, if it can be used here."""
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES, argument="engine")
     if workers < 1:
@@ -173,15 +170,11 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 def with_classes(
     job: Job, model: EarlyExitModel, source: Source, classes: str | Path | None
 ) -> tuple[Job, LabelMap | None]:
-    """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes.
-
-    Raises:
-        DataError: if the classes are not those of the run, or a file of classes not the backbone's.
-    """
-    names, found = _recorded(model), source.class_names
+    """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes."""
+    names, found = classes_of_run(model.results, model.num_classes), source.class_names
     if not found:
-        names = names if classes is None else read_names(classes)
-        return replace(job, classes={spelt(name): n for n, name in enumerate(names)} or None), None
+        every = names if classes is None else read_names(classes)
+        return replace(job, classes={spelt(name): n for n, name in enumerate(every)} or None), None
     known = None if classes is not None else recorded_classes(found, names, model.num_classes)
     if source.kind == PICTURES:
         labels = choose_class_order(model.origin, _as_data(source, model), classes=classes, recorded=known)
@@ -216,14 +209,3 @@ def class_order(job: Job) -> str:
     """A hash of the number of each class name, which give the labels; empty without names."""
     pairs = "".join(f"{number}\t{name}\n" for name, number in sorted((job.classes or {}).items()))
     return hashlib.sha256(pairs.encode()).hexdigest()[:16] if pairs else ""
-
-
-def _recorded(model: EarlyExitModel) -> Sequence[str]:
-    """The names of all classes in the backbone's order, as the run recorded them; empty if it did not."""
-    data: Any = (model.results or {}).get("data")
-    split: Any = data.get("split") if isinstance(data, dict) else None
-    names = split.get("classes") if isinstance(split, dict) else None
-    usable = (
-        isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names)
-    )
-    return names if names and usable else ()

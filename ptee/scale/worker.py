@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError
+from ptee._common.text import spelt
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import arrow
 from ptee.data.pictures import decode_bytes, image_transform
@@ -47,11 +47,6 @@ class Job:
     logits: int | None = None
     classes: Mapping[str, int] | None = None
     threads: int = 1
-
-
-def spelt(name: str) -> str:
-    """The name of a class in one of the ways in which Unicode can write an accent."""
-    return unicodedata.normalize("NFC", name)
 
 
 def open_model(job: Job) -> EarlyExitModel:
@@ -149,8 +144,5 @@ def _column(values: Tensor, readable: np.ndarray) -> Any:
     rows = np.ascontiguousarray(values.cpu().numpy())
     rows[~readable] = 0
     flat = pa.array(rows.reshape(-1))
-    return (
-        flat
-        if rows.shape[1] == 1 and rows.dtype == np.int16
-        else pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
-    )
+    is_number = rows.shape[1] == 1 and rows.dtype == np.int16
+    return flat if is_number else pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])

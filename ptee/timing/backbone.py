@@ -19,14 +19,7 @@ from ptee.timing.times import unit_of
 
 
 def time_of_modules(backbone: Backbone, device: torch.device, batch: int, *, rounds: int = 7) -> TimesOfModules:
-    """Measure a backbone up to the end of each module, the first time that it runs.
-
-    Args:
-        backbone: whose device and mode are restored.
-        device: where it is measured.
-        batch: images in a batch.
-        rounds: how often it is measured.
-    """
+    """Measure a backbone up to the end of each module, the first time that it runs. Its device and mode are restored."""
     module, names = backbone.module, dict[str, None]()
     with running_on(device, module):
         x = random_images(module, batch, backbone.input.input_size)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,15 +59,16 @@ class Bench:
     threads: int
     exits: int
     cases: tuple[Case, ...]
+    legend: ClassVar[str] = """\
+time: measured in turns with the bare backbone, divided by its time.
+cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
+time over cost: by how much the time is longer than the cost says.
+best time: the time if images that leave cost nothing after exit 0.
+saving reached: (1 - time) / (1 - best time)."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean, a line each."""
-        return LEGEND
 
     def __str__(self) -> str:
         title = ("batch", "who leaves", "time", "cost", "time over cost", "best time", "saving reached")
@@ -76,14 +77,6 @@ class Bench:
             + "Times and costs are divided by the bare backbone's.\n\n"
             + table([title, *map(_cells, self.cases)], left={1})
         )
-
-
-LEGEND = """\
-time: measured in turns with the bare backbone, divided by its time.
-cost: mean multiply-accumulates for an image, heads included, divided by the bare backbone's.
-time over cost: by how much the time is longer than the cost says.
-best time: the time if images that leave cost nothing after exit 0.
-saving reached: (1 - time) / (1 - best time)."""
 
 
 def _cells(case: Case) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +25,7 @@ from ptee.timing.laps import Mark
 class OnnxModel:
     """An early-exit model that ONNX Runtime runs, in as many threads as torch has. Its files are gone when it is made.
 
-    Args:
-        model: on a CPU. It stays as it is, and its later settings have no effect here.
-
-    Attributes:
-        model: the same.
-
-    Raises:
-        PteeError: if ONNX Runtime is missing, the model is elsewhere, or it cannot be exported.
+    The model is on a CPU. It stays as it is, and its later settings have no effect here.
     """
 
     def __init__(self, model: EarlyExitModel) -> None:
@@ -86,24 +80,17 @@ def without_head(file: Path) -> Path:
 
 def runner_laps(runner: Runner, x: Array, mark: Mark) -> None:
     """`predict` while nobody leaves. Marks: the beginning, before the first piece, behind each piece, and the end."""
-    mark()
-    marked = [_Marked(piece, mark, first=n == 0) for n, piece in enumerate(runner.pieces)]
-    Runner(runner.manifest, marked, runner.device).predict(x, NEVER)
-    mark()
 
-
-class _Marked:
-    """A piece that marks its end, and its beginning if it is the first."""
-
-    def __init__(self, piece: Callable[..., Sequence[Array]], mark: Mark, first: bool) -> None:
-        self.piece, self.mark, self.first = piece, mark, first
-
-    def __call__(self, *alive: Array) -> list[Array]:
-        if self.first:
-            self.mark()
-        found = list(self.piece(*alive))
-        self.mark()
+    def marked(piece: Callable[..., Sequence[Array]], *alive: Array) -> list[Array]:
+        if piece is runner.pieces[0]:
+            mark()
+        found = list(piece(*alive))
+        mark()
         return found
+
+    mark()
+    Runner(runner.manifest, [partial(marked, piece) for piece in runner.pieces], runner.device).predict(x, NEVER)
+    mark()
 
 
 def bare_onnx(model: EarlyExitModel) -> OnnxModel:

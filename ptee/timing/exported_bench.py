@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,15 +67,11 @@ class ExportedBench:
     model: str
     lines: tuple[ExportedLine, ...]
     note: str = ""
+    legend: ClassVar[str] = LEGEND
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         return asdict(self)
-
-    @property
-    def legend(self) -> str:
-        """What the columns mean, a line each."""
-        return LEGEND
 
     def __str__(self) -> str:
         rows = [
@@ -94,15 +90,7 @@ class ExportedBench:
 def bench_exported(
     runner: Runner, batch_sizes: Sequence[int], images: Tensor | None = None, *, rounds: int = 7, note: str = ""
 ) -> ExportedBench:
-    """Time an exported model.
-
-    Args:
-        runner: as of `load_exported`.
-        batch_sizes: each up to the largest of a batch.
-        images: (n, c, h, w) real ones, in the order in which they would come.
-        rounds: how often each is timed.
-        note: why there are no images, in a sentence.
-    """
+    """Time an exported model: also on real images (n, c, h, w), in the order in which they would come, or `note` says why not."""
     m, device = runner.manifest, torch.device(runner.device)
     rows = sizes_to_measure(list(batch_sizes))
     laps = {n: [partial(runner_laps, runner, _example(runner, n))] for n in rows}

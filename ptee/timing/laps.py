@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ptee._common.clock import turns
 from ptee._common.devices import wait
-from ptee._common.progress import with_bar
 
 LONG_ENOUGH = 0.02  # seconds of one measurement
 MOST_REPEATS = 50
@@ -48,15 +48,12 @@ class Laps:
 def in_turns(
     calls: Mapping[Any, Sequence[Callable[[Mark], Any]]], device: torch.device, rounds: int, seconds: float
 ) -> dict[Any, list[list[float]]]:
-    """For each key and each of its calls, the usual length of its laps. A first round is not counted."""
+    """For each key and each of its calls, the usual length of its laps, over the `turns` but for the first."""
     every = [(key, i, call) for key, of_key in calls.items() for i, call in enumerate(of_key)]
     times: dict[Any, list[list[float]]] = {(key, i): [] for key, i, _ in every}
-    begun, repeats = time.perf_counter(), dict.fromkeys(times, 1)
-    turns = [(i, turn) for i in range(rounds + 1) for turn in every]
+    repeats = dict.fromkeys(times, 1)
     with torch.no_grad():
-        for i, (key, k, call) in with_bar(turns, "measuring pieces"):
-            if i > 3 and (key, k) == every[0][:2] and time.perf_counter() - begun > seconds:
-                break
+        for i, (key, k, call) in turns(every, rounds, seconds, "measuring pieces"):
             laps = [_laps(call, device) for _ in range(repeats[key, k])]
             repeats[key, k] = repeats_for(sum(laps[-1]))
             times[key, k] += laps if i else []

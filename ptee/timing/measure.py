@@ -33,14 +33,7 @@ from ptee.recording.optimized import OptimizedModel, optimize
 from ptee.timing.exported import OnnxModel, bare_onnx, require_onnx
 from ptee.timing.laps import MAX_SECONDS, Call, Mark, in_turns
 from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX, checked_executors, checked_sizes
-from ptee.timing.times import (
-    Measured,
-    Times,
-    between,
-    device_name,
-    sizes_to_measure,
-    unit_of,
-)
+from ptee.timing.times import Measured, Times, between, device_name, sizes_to_measure, unit_of
 
 
 class _Timed(ExitEarly):
@@ -114,9 +107,7 @@ def measure(
             with suppress(PteeError):  # if the model cannot be taken apart
                 runs[GRAPHS] = _run_of(GRAPHS, view, rows[-1])
         laps: dict[Any, Any] = {(name, n): run.laps(images[n]) for n in rows for name, run in runs.items()}
-        found = in_turns(
-            laps | {("", n): [partial(_bare_laps, view.backbone, images[n])] for n in rows}, device, rounds, seconds
-        )
+        found = in_turns(laps | {("", n): [_laps(view.backbone, images[n])] for n in rows}, device, rounds, seconds)
     like = one_parameter(view.backbone)
     return Times(
         device=device.type,
@@ -135,11 +126,7 @@ def measure(
 
 
 def require_executor(name: str, device: torch.device) -> None:
-    """Refuse an executor that cannot run on a device, before a training whose thresholds it is to choose.
-
-    Raises:
-        PteeError: naming what is missing.
-    """
+    """Refuse an executor that cannot run on a device, before a training whose thresholds it is to choose."""
     if name == GRAPHS and device.type != "cuda":
         raise PteeError(
             f"CUDA graphs need an NVIDIA GPU, and this runs on {device.type}. Give ",
@@ -164,13 +151,11 @@ def measure_static(network: Backbone, model: EarlyExitModel, device: torch.devic
     rows, dtype = sizes_to_measure([batch]), one_parameter(small).dtype
     with running_on(device, model), running_on(device, small):
         images = {n: example_images(model, n) for n in rows}
-        calls: dict[Any, list[Callable[[Mark], Any]]] = {
-            n: [
-                partial(_bare_laps, model.backbone, images[n]),
-                partial(_prepared_laps, small, prepare, images[n], dtype),
-            ]
-            for n in rows
-        }
+
+        def cascade(x: Tensor) -> Tensor:
+            return small(prepare(x).to(dtype))
+
+        calls: dict[Any, Any] = {n: [_laps(model.backbone, x), _laps(cascade, x)] for n, x in images.items()}
         image = images[rows[0]]
         with sparing(model.backbone, image), sparing(small, prepare(image).to(dtype)):
             found = in_turns(calls, device, rounds=7, seconds=MAX_SECONDS)
@@ -200,7 +185,7 @@ class _Hooks:
 
     def laps(self, x: Tensor) -> list[Callable[[Mark], Any]]:
         return [
-            partial(_bare_laps, self.model.backbone, x),
+            _laps(self.model.backbone, x),
             partial(hook_laps, self.model, x),
             *([partial(hook_laps, self.model, x, one_leaves=True)] if self._moves(x) else []),
         ]
@@ -212,9 +197,8 @@ class _Hooks:
     def parts(self, found: list[list[float]]) -> _Parts:
         (bare,), (before, *pieces, after), *leaving = found
         heads = pieces[1::2]
-        moves = (
-            [max(m - h, 0.0) for m, h in zip(leaving[0][2::2], heads, strict=False)] if leaving else [0.0] * len(heads)
-        )
+        moving = leaving[0][2::2] if leaving else heads
+        moves = [max(m - h, 0.0) for m, h in zip(moving, heads, strict=False)]
         return _Parts(bare, before + after, pieces[0::2], heads, moves)
 
 
@@ -292,14 +276,9 @@ def by_compile(backbone: nn.Module, x: Tensor) -> Call:
 # ---------------------------------------------------------------------------------------------------- calls with marks
 
 
-def _bare_laps(backbone: nn.Module, x: Tensor, mark: Mark) -> None:
-    _whole_laps(partial(backbone, x), mark)
-
-
-def _prepared_laps(network: nn.Module, prepare: nn.Module, x: Tensor, dtype: torch.dtype, mark: Mark) -> None:
-    mark()
-    network(prepare(x).to(dtype))
-    mark()
+def _laps(network: Callable[[Tensor], Any], x: Tensor) -> Callable[[Mark], None]:
+    """A call with a mark before and one behind it."""
+    return partial(_whole_laps, partial(network, x))
 
 
 def _whole_laps(call: Call, mark: Mark) -> None:
@@ -309,13 +288,6 @@ def _whole_laps(call: Call, mark: Mark) -> None:
 
 
 def _measured(executor: str, parts: list[_Parts]) -> Measured:
-    segments = zip(*(p.segments for p in parts), strict=True)
-    heads = zip(*(p.heads for p in parts), strict=True)
-    return Measured(
-        executor=executor,
-        bare=tuple(p.bare for p in parts),
-        call=tuple(p.call for p in parts),
-        segments=tuple(segments),
-        heads=tuple(heads),
-        moves=tuple(zip(*(p.moves for p in parts), strict=True)),
-    )
+    bare, call, *pieces = zip(*parts, strict=True)
+    segments, heads, moves = (tuple(zip(*of_rows, strict=True)) for of_rows in pieces)
+    return Measured(executor=executor, bare=bare, call=call, segments=segments, heads=heads, moves=moves)

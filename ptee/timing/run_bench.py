@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ OTHERS = (GRAPHS, COMPILE, ONNX)  # which run the bare backbone by other means, 
 MOST_BATCHES, MOST_IMAGES = 64, 1024  # of real images that are timed
 MAX_SECONDS = 60.0  # for one batch size
 SIZES = "measuring sizes of batches"
+LEGEND = """\
+by: what runs it. torch: the backbone as it is. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode; onnx: ONNX Runtime, as exported.
+ms: of one batch, the median of the rounds. own thresholds: the run's, on some real images.
+/ bare: divided by the time of the bare backbone in the same round, by the same means (as it is, in one CUDA graph, by torch.compile, by ONNX Runtime).
+/ torch: divided by the time of the bare backbone as it is, where that differs.
+counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
+limit: the time of the pieces alone, at the numbers of rows that they ran at.
+mJ/image: the energy of the whole GPU meanwhile, where it tells, by NVIDIA's counter.
+lost: / bare less the limit: calls, moving rows, waiting. Below 0: less than the clock can tell."""
 Key = TypeVar("Key")
 
 
@@ -82,33 +91,19 @@ class RunBench:
     times: Times
     lines: tuple[Line, ...]
     note: str = ""
+    legend: ClassVar[str] = LEGEND
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
         lines = [asdict(line) | {"lost": line.lost} for line in self.lines]
         return {"times": self.times.model_dump(mode="json"), "lines": lines, "note": self.note}
 
-    @property
-    def legend(self) -> str:
-        """What the columns mean, a line each."""
-        return LEGEND
-
     def __str__(self) -> str:
         t = self.times
         others = any(line.executor in OTHERS for line in self.lines)
         energy = any(line.joules is not None for line in self.lines)
-        title = (
-            "batch",
-            "by",
-            "who leaves",
-            "ms",
-            "/ bare",
-            *["/ torch"] * others,
-            "counted",
-            "limit",
-            "lost",
-            *["mJ/image"] * energy,
-        )
+        ratios = ("/ bare", *["/ torch"] * others)
+        title = ("batch", "by", "who leaves", "ms", *ratios, "counted", "limit", "lost", *["mJ/image"] * energy)
         rows = [_cells(line, others, energy) for line in self.lines]
         return (
             f"{t.backbone} with {number_of(len(t.exits), 'exit')} on {t.device_name}{in_threads(t.device, t.threads)}, {t.dtype}\n"
@@ -122,17 +117,6 @@ class RunBench:
 
 RATIOS = "/ bare is the median of each round's own quotient, so it is not that of two numbers below ms."
 BELOW_ZERO = "lost below 0 is noise: less than the clock can tell, as the limit was measured apart."
-
-
-LEGEND = """\
-by: what runs it. torch: the backbone as it is. hooks: model.predict; eager, graphs, compile: ptee.optimize in that mode; onnx: ONNX Runtime, as exported.
-ms: of one batch, the median of the rounds. own thresholds: the run's, on some real images.
-/ bare: divided by the time of the bare backbone in the same round, by the same means (as it is, in one CUDA graph, by torch.compile, by ONNX Runtime).
-/ torch: divided by the time of the bare backbone as it is, where that differs.
-counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
-limit: the time of the pieces alone, at the numbers of rows that they ran at.
-mJ/image: the energy of the whole GPU meanwhile, where it tells, by NVIDIA's counter.
-lost: / bare less the limit: calls, moving rows, waiting. Below 0: less than the clock can tell."""
 
 
 def _cells(line: Line, others: bool, energy: bool) -> tuple[str, ...]:
@@ -154,15 +138,9 @@ def bench_run(
     rounds: int = 7,
     note: str = "",
 ) -> RunBench:
-    """Time a model by each executor whose pieces were measured.
+    """Time a model by each executor whose pieces were measured, in batches up to the largest that was.
 
-    Args:
-        model: trained, with its thresholds.
-        times: of its pieces.
-        batch_sizes: each up to the largest that was measured.
-        images: (n, c, h, w) real ones, in the order in which they would come.
-        rounds: how often each is timed.
-        note: why there are no images, in a sentence.
+    `images` are real ones (n, c, h, w), in the order in which they would come; without any, `note` says why.
     """
     view, most = all_on(model), max(batch_sizes)
     every = [m.executor for m in times.executors]

@@ -35,11 +35,7 @@ def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
 
 
 def require_kept_times(folder: Path) -> Path:
-    """The file of the times that a run keeps.
-
-    Raises:
-        RunError: if it keeps none.
-    """
+    """The file of the times that a run keeps."""
     settle(folder)
     if not (folder / FILE).is_file():
         raise RunError(f"{folder} keeps no times of its pieces. Measure them: ptee bench {quoted(folder)} --save")

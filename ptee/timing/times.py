@@ -6,20 +6,21 @@ A run may come from a stranger, so the file is checked as it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError, RunError, about_run, first_line, warn
-from ptee._common.files import read_object, to_json
+from ptee._common.errors import Argument, PteeError, about_run, warn
+from ptee._common.files import to_json
 from ptee._common.text import type_name, with_run
-from ptee._common.validation import FrozenConfig, Name, Number, Whole
+from ptee._common.validation import FrozenConfig, Name, Number, Whole, read_record
 from ptee._common.writing import write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.exits.times import BatchTimes
@@ -122,11 +123,7 @@ class Times(FrozenConfig):
         return there[wanted]
 
     def at(self, batch: int, executor: str = AUTO) -> BatchTimes:
-        """The times of a batch, as fractions of the bare backbone's by the same executor.
-
-        Raises:
-            PteeError: if no batch so large was measured.
-        """
+        """The times of a batch, as fractions of the bare backbone's by the same executor."""
         if not 1 <= batch <= self.rows[-1]:
             raise PteeError(
                 Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. "
@@ -145,11 +142,7 @@ class Times(FrozenConfig):
         return f"Measure again: ptee bench RUN --executor {','.join(executors)} --batch-sizes {max(batch, self.rows[-1])} --save"
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
-        """Refuse times of other exits, another number type or another kind of device than a model has now.
-
-        Raises:
-            PteeError: naming what differs.
-        """
+        """Refuse times of other exits, another number type or another kind of device than a model has now."""
         like = one_parameter(model.backbone)
         own = {
             "exits": tuple(e.name for e in model.exits),
@@ -157,10 +150,8 @@ class Times(FrozenConfig):
             "dtype": type_name(like.dtype),
             "device": device.type,
             "backbone": model.plan.backbone,
+            "device_name": device_name(device),
         }
-        self._require_same(own | ({"device_name": device_name(device)}), where)
-
-    def _require_same(self, own: Mapping[str, Any], where: str) -> None:
         for name, value in own.items():
             if (found := getattr(self, name)) != value:
                 words = [", ".join(v) if isinstance(v, tuple) else v for v in (found, value)]
@@ -174,13 +165,7 @@ def unit_of(executor: str, batch: int, device: str) -> str:
 
 def between(rows: Sequence[int], seconds: Sequence[float], batch: int) -> Tensor:
     """(b+1,) the seconds for 0 to b rows: none for 0, and straight lines between those that were measured."""
-    wanted = torch.arange(batch + 1, dtype=torch.float64, device="cpu")
-    known = torch.tensor([0, *rows], dtype=torch.float64, device="cpu")
-    values = torch.tensor([0, *seconds], dtype=torch.float64, device="cpu")
-    right = torch.searchsorted(known, wanted).clamp(1)
-    left = right - 1
-    share = (wanted - known[left]) / (known[right] - known[left])
-    return values[left] + share * (values[right] - values[left])
+    return torch.from_numpy(np.interp(np.arange(batch + 1), [0, *rows], [0, *seconds]))
 
 
 def device_name(device: torch.device) -> str:
@@ -218,33 +203,14 @@ def save_times(times: Times, folder: Path) -> None:
 
 
 def read_times(folder: Path) -> Times:
-    """The times that a run keeps.
-
-    Raises:
-        RunError: if there are none, or they are damaged or of a newer version.
-    """
-    file, again = require_kept_times(folder), with_run(AGAIN, folder)
-    try:
-        values = read_object(file, LARGEST_FILE)
-    except (OSError, ValueError) as why:
-        raise RunError(f"{file} cannot be read: {first_line(why)} {again}") from why
-    version = values.get("schema_version")
-    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA:
-        raise RunError(f"{file} has schema version {version!s:.40}, and this ptee reads up to {SCHEMA}. Upgrade ptee.")
-    try:
-        return Times(**values)
-    except PteeError as why:
-        raise RunError(f"{file}: {why} {again}") from why
+    """The times that a run keeps."""
+    return read_record(Times, require_kept_times(folder), LARGEST_FILE, SCHEMA, with_run(AGAIN, folder))[0]
 
 
 def times_for(
     folder: Path, model: EarlyExitModel, device: torch.device, batch: int, executor: str = AUTO
 ) -> BatchTimes:
-    """The times that a run keeps, for batches of one size.
-
-    Raises:
-        PteeError: if it keeps none, or those of other exits, another number type or another device.
-    """
+    """The times that a run keeps, for batches of one size."""
     times = read_times(folder)
     with about_run(folder):
         times.require_of(model, device, f"{folder / FILE}")

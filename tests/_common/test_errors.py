@@ -13,7 +13,7 @@ import pytest
 import ptee
 from ptee._common import errors
 from ptee._common import text as tables
-from ptee._common.errors import Argument, PteeError, UnknownName, first_line, some, unknown
+from ptee._common.errors import Argument, PteeError, UnknownName, first_line, possible, some, unknown
 
 KINDS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, PteeError)]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +77,7 @@ def test_a_misspelt_name_is_answered_with_the_nearest_first():
 )
 def test_choices_that_end_or_begin_with_the_name_are_offered_first_and_the_shortest_before_longer_ones(name, suggested):
     choices = ["legacy_seresnet", "resnet101", "resnet18", "resnet50", "resnet50_clip_gap", "resnest50"]
-    assert f"Did you mean {suggested}" in str(unknown("model", name, choices, most=3))
+    assert f"Did you mean {suggested}" in possible(name, choices, most=3)
 
 
 MANY = [f"layer{n}" for n in range(100)]
@@ -107,7 +107,7 @@ def test_if_no_choice_is_near_some_of_many_are_named():
 
 @pytest.mark.parametrize("name", ["layer7x", "zzz"])
 def test_first_choices_are_always_named_before_the_others(name):
-    message = str(unknown("module", name, MANY, first=["pareto", "fine"], most=3))
+    message = possible(name, MANY, first=["pareto", "fine"], most=3)
     assert message.endswith("There are 102 choices, among them pareto, fine, layer0.")
     assert ("Did you mean 'layer7'" in message) == (name == "layer7x")
 

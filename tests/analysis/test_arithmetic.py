@@ -14,9 +14,6 @@ from ptee.analysis.arithmetic import exact_arithmetic, keeps_rows_apart, toleran
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SWITCHES = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
-new_switches = pytest.mark.skipif(
-    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="this torch has only the older switches"
-)
 
 
 def switches() -> dict[object, object]:
@@ -72,7 +69,6 @@ def benchmarking() -> None:
 SETTINGS = [untouched, general_switch, switches_of_operators, old_switches, old_and_new_switches, benchmarking]
 
 
-@new_switches
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.__name__)
 def test_float32_is_exact_inside_and_all_switches_are_restored_even_after_an_error(
     setting: Callable[[], None], as_before: None
@@ -85,7 +81,6 @@ def test_float32_is_exact_inside_and_all_switches_are_restored_even_after_an_err
     assert switches() == before
 
 
-@new_switches
 def test_switches_that_followed_the_general_one_follow_it_again(as_before: None) -> None:
     def followers(precision: str) -> set[object]:
         torch.backends.fp32_precision = precision
@@ -109,7 +104,6 @@ def test_less_exact_types_have_a_larger_tolerance() -> None:
     assert exact < single < half == brain
 
 
-@new_switches
 def test_a_device_that_rounds_float32_to_tf32_has_the_tolerance_of_half_precision(as_before: None) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     assert tolerance(torch.float32, GPU) == tolerance(torch.float16, GPU)
@@ -119,7 +113,6 @@ def test_a_device_that_rounds_float32_to_tf32_has_the_tolerance_of_half_precisio
         assert tolerance(torch.float32, GPU) == tolerance(torch.float32, CPU)
 
 
-@new_switches
 def test_a_cpu_that_rounds_float32_to_bfloat16_has_the_tolerance_of_bfloat16(as_before: None) -> None:
     torch.set_float32_matmul_precision("medium")
     assert tolerance(torch.float32, CPU) == tolerance(torch.bfloat16, CPU)

@@ -362,36 +362,15 @@ def test_names_in_files_that_a_library_published_earlier_are_known(make, older, 
     assert all(torch.equal(value, wanted[name]) for name, value in module.state_dict().items())
 
 
-class OfVersion2(nn.Module):
-    """A network whose first version was wider, as torchvision's MNASNet."""
-
-    _version = 2
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.fc = nn.Linear(width, 2)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_of_an_earlier_version_of_a_network_are_refused_with_what_reads_them(prefix, tmp_path):
-    earlier = OfVersion2(8)
-    earlier._version = 1
-    torch.save(nn.ModuleDict({"module": earlier}).state_dict() if prefix else earlier.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(
-        BackboneError, match=r"of version 1 of OfVersion2, and this is version 2: fc\.weight .*In Python"
-    ):
-        load_weights(OfVersion2(), read_checkpoint(tmp_path / "w.pth"))
-
-
 def test_position_embeddings_of_another_image_size_are_refused_and_not_stretched(tmp_path):
     save_file(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(BackboneError, match="other shapes: pos_embed"):
         load_backbone("test_vit", weights=tmp_path / "w.safetensors", input_size=(3, 160, 160))
 
 
-def test_weights_that_deepspeed_keeps_elsewhere_are_refused_with_the_program_that_joins_them(tmp_path):
+def test_weights_that_deepspeed_keeps_elsewhere_are_refused_by_their_shapes(tmp_path):
     torch.save({"module": {name: torch.empty(0) for name in Tiny().state_dict()}}, tmp_path / "w.pth")
-    with pytest.raises(BackboneError, match=r"holds no numbers in conv\.weight, .*run zero_to_fp32\.py"):
+    with pytest.raises(BackboneError, match=r"has other shapes: conv\.weight \(0,\), not"):
         load_weights(Tiny(), read_checkpoint(tmp_path / "w.pth"))
 
 

@@ -154,7 +154,7 @@ def test_names_with_numbers_or_quotes_are_refused_and_bare_ones_asked_for(line, 
         ),
         (
             ["\u200ecat", "dog"],
-            r"name 1 has a character that no name may have, U\+200E left-to-right mark: '\\u200ecat'",
+            r"name 1 has a character that no name may have, U\+200E: '\\u200ecat'",
         ),
         (["cat", "x" * 256], r"name 2 has 256 letters \('x.*\.\.\.\)\. .* of 255 letters at most"),
         (["cat", " "], "name 2 is empty"),
@@ -170,16 +170,11 @@ def test_what_is_no_name_of_a_class_is_refused_before_anything_is_tried(classes,
 
 @pytest.mark.parametrize("mark", ["\u200b", "\ufeff", "\u00ad"])
 def test_names_that_look_the_same_and_are_not_are_told_apart(mark, tmp_path):
-    said = (
-        r"lacks classes of the data: .*dog \(one looks like 'dog', but {} holds U\+{:04X} [a-z -]+, which nobody sees\)"
-    )
-    with pytest.raises(DataError, match=said.format("the one here", ord(mark))):
+    shown = re.escape(ascii(mark)[1:-1])
+    with pytest.raises(DataError, match=rf"lacks classes of the data: dog \(did you mean 'do{shown}g'\?\)"):
         map_labels(["cat", "dog"], 2, classes=["cat", f"do{mark}g"])
-    with pytest.raises(DataError, match=said.format("that of the data", ord(mark))):
+    with pytest.raises(DataError, match=rf"lacks classes of the data: {shown}dog \(did you mean 'dog'\?\)"):
         map_labels(["cat", f"{mark}dog"], 2, classes=["cat", "dog"])
-    both = r"that of the data holds U\+200D [a-z -]+ and the one here holds U\+{:04X} [a-z -]+, which nobody sees"
-    with pytest.raises(DataError, match=both.format(ord(mark))):
-        map_labels(["cat", "do\u200dg"], 2, classes=["cat", f"do{mark}g"])
     assert map_labels(["cat", f"{mark}dog"], 2, classes=[f"{mark}dog", "cat"]).indices == (1, 0)
 
 
