@@ -37,7 +37,7 @@ def bottom_line(
     as_good: str = ACCURATE,
     speedup: float | None = None,
     where: str = "",
-    loses_too_much: bool = False,
+    lower_t: bool = True,
 ) -> str:
     """Why these early exits do not pay, in a sentence; empty if they do.
 
@@ -46,13 +46,13 @@ def bottom_line(
         rivals: a backbone that is cut off, a smaller network, a cascade.
         as_good: what one does that loses no more, in words.
         speedup: the bare backbone's time over that of the early exits, where it was measured, and `where` in words.
-        loses_too_much: more is lost than was allowed, so T cannot be lower.
+        lower_t: a lower T could help: no more is lost than was allowed, and not all images leave at exit 0.
     """
     if own.cost >= 1:
         because = f"{own.cost:.3f} times the bare backbone, because the heads cost more than leaving saves"
         if f"{own.cost:.3f}" == "1.000":
             because = "as much as the bare backbone, because leaving saves no more than the heads cost"
-        advice = "Train longer" if loses_too_much else "Lower T, train longer"
+        advice = "Lower T, train longer" if lower_t else "Train longer"
         return f"Early exit does not pay: it costs {because}. {advice}, or use cheaper or fewer heads."
     rivals = [way for way in rivals if way.cost <= own.cost + ROUNDING and way.lost <= own.lost + ROUNDING]
     if rivals:

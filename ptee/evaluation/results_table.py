@@ -284,10 +284,14 @@ def _bottom_line(results: Results) -> str:
         for n, s in enumerate(results.truncation)
         if not (results.leaving[n] == 1 and {*range(n)} <= {*results.off})  # that is what this model is
     ]
-    where = f"on {results.device} in batches of {results.batch_size}"
-    as_good = FAITHFUL if faithful else ACCURATE
-    more: dict[str, Any] = {"speedup": row.speedup, "where": where, "loses_too_much": results.loses_too_much}
-    return bottom_line(Way("", own.cost, lost(own)), cut_off, as_good=as_good, **more)
+    return bottom_line(
+        Way("", own.cost, lost(own)),
+        cut_off,
+        as_good=FAITHFUL if faithful else ACCURATE,
+        speedup=row.speedup,
+        where=f"on {results.device} in batches of {results.batch_size}",
+        lower_t=not results.loses_too_much and results.leaving[0] < 1,
+    )
 
 
 def _numbers(score: Score) -> str:
