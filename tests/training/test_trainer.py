@@ -363,13 +363,14 @@ class SeldomFlickering(Dataset[Any]):
 
     def __init__(self) -> None:
         self.reads = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        self.images, self.labels = images().cpu(), labels().cpu()  # a process that was forked has no GPU
 
     def __len__(self) -> int:
         return N
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         self.reads += index == 23
-        return images()[index] + 0.1 * (index == 23) * int(self.reads), labels()[index]
+        return self.images[index] + 0.1 * (index == 23) * int(self.reads), self.labels[index]
 
 
 @pytest.mark.parametrize(
