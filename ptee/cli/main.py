@@ -17,7 +17,7 @@ import click
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
 from ptee._common.files import is_folder
-from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.process import lead_nowhere, open_closed, say, unwritable
 from ptee._common.text import with_run
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
@@ -89,7 +89,7 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = f"ptee failed: {name}: {error}. PTEE_DEBUG=1 shows where; please report it.", 1
     if status != 130 and os.environ.get("PTEE_DEBUG"):
         traceback.print_exception(error)
-    return _say(message, status)
+    return say(message, status)
 
 
 def _interrupted(words: list[str]) -> str:
@@ -105,15 +105,6 @@ def _interrupted(words: list[str]) -> str:
         as_it_was = " What was in the run's folder is as it was." * ("--overwrite" in words)
         return f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}"
     return "Interrupted."  # what it wrote so far may be whole
-
-
-def _say(message: str, status: int) -> int:
-    """Print one line on standard error, and give the status on."""
-    try:
-        click.echo(" ".join(message.split()), err=True)
-    except OSError:
-        lead_nowhere("stderr")
-    return status
 
 
 def _worded(error: PteeError, words: list[str]) -> str:
