@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 from ptee._common.errors import BackboneError, CutError, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
-from ptee.analysis.classifier import logits_of
+from ptee.analysis.classifier import logits_of, require_no_probabilities
 from ptee.analysis.fake_run import (
     arguments,
     draws_random_numbers,
@@ -132,6 +132,7 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
+    require_no_probabilities(logits, type(module).__name__)
     drawn = [recorder.random] if recorder.random else []
     drawn += [library for library, state in python_numbers().items() if state != numbers[library]]
     if drawn and random_numbers_matter(module, images):

@@ -18,12 +18,10 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
-from ptee.data.labels import IMAGENET_CLASSES, LabelMap, class_orders, map_labels
+from ptee.data.labels import IMAGENET_CLASSES, LabelMap, class_orders, map_labels, near_chance
 from ptee.data.splits import FILES, Data
 
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
-BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
-DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
 OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
 CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
@@ -203,15 +201,6 @@ def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: in
 
 
 # ------------------------------------------------------------------------------------------------ doubts
-
-
-def near_chance(right: float, n: int, num_classes: int) -> str:
-    """The beginning of a sentence, if a share of right answers is hardly better than chance."""
-    chance = 1 / num_classes
-    least = chance + max(BETTER_THAN_CHANCE * (1 - chance), DEVIATIONS * (chance * (1 - chance) / n) ** 0.5)
-    if right >= min(least, 1):
-        return ""
-    return f"The backbone is right on {right:.1%} of {n:,} images, and would be on {chance:.1%} by chance"
 
 
 def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, remedy: Advice) -> LabelMap:

@@ -16,6 +16,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import sparing
+from ptee.data.labels import near_chance
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
@@ -88,7 +89,7 @@ def evaluate(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
             asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, by_time=_by_time(view), spread=differ,
-            confidence=view.confidence, answers=view.answers,
+            confidence=view.confidence, answers=view.answers, doubt=_doubt(model, rows[0].accuracy, traces.answers.shape[1]),
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
@@ -102,6 +103,18 @@ def about_speed(model: EarlyExitModel, seconds: float = SPEED_SECONDS) -> str:
         f"Speed is measured for about {seconds:g} seconds, on a slow machine for minutes. --no-speed (in Python: speed=False) "
         "leaves it out."
     )
+
+
+def _doubt(model: EarlyExitModel, right: float | None, n: int) -> str:
+    """A sentence, if a trained backbone that did not learn here is near chance under the labels."""
+    if (
+        right is None
+        or model.origin.learnt
+        or model.origin.is_random
+        or not (words := near_chance(right, n, model.num_classes))
+    ):
+        return ""
+    return f"{words}: check that the labels are its class numbers. No accuracy above says anything until they are."
 
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:

@@ -69,6 +69,7 @@ class Results:
         batch_size: at which speed was measured.
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
+        doubt: that the backbone is near chance under the labels, in a sentence; else empty. Then no accuracy says anything.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
@@ -101,6 +102,7 @@ class Results:
     spread: float = 0.0
     confidence: str = ""
     answers: str = ""
+    doubt: str = ""
 
     @property
     def early_exit(self) -> Row:
@@ -146,12 +148,12 @@ class Results:
             return [f"{off} {ON_AGAIN.format(them='exits')} {instead}"]
         if min(self.threshold) > 1:
             return []
-        return [words for words in (_collapsed(self), _differs(self), self.bottom_line) if words]
+        return [words for words in (_collapsed(self), "" if self.doubt else _differs(self), self.bottom_line) if words]
 
     @property
     def bottom_line(self) -> str:
-        """Why early exits do not pay here, in the sentence that comes last; empty if they do, or if none are on."""
-        return "" if self.all_off or min(self.threshold) > 1 else _bottom_line(self)
+        """Why early exits do not pay here, or nobody can tell, in the sentence that comes last; empty if they do, or if none are on."""
+        return "" if self.all_off or min(self.threshold) > 1 else self.doubt or _bottom_line(self)
 
     @property
     def legend(self) -> str:

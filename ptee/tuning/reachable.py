@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, DataError, PteeError
+from ptee.data.labels import near_chance
 from ptee.tuning.candidates import Candidate, searched
 from ptee.tuning.config import EXAMPLES, Target
 from ptee.tuning.threshold_search import ROUNDING, Problem
@@ -37,6 +38,18 @@ def require_labels(target: Target, labelled: bool, why: str = "") -> None:
             why or "These images have no labels that are classes of the backbone.", " So a drop of accuracy cannot be limited. Give ",
             Argument("max_fidelity_drop", f"{target.limit:g}"), " or ", Argument("max_cost", EXAMPLES["max_cost"]), ".",
             argument="max_drop", value=target.limit,
+        )  # fmt: skip
+
+
+def require_right(target: Target, traces: Traces, num_classes: int) -> None:
+    """Refuse a limit on the drop of accuracy where the labels show no accuracy: any wrong answer would count as a gain."""
+    if target.kind != "max_drop" or traces.targets is None:
+        return
+    right = (traces.bare == traces.targets).double().mean().item()
+    if words := near_chance(right, len(traces.targets), num_classes):
+        raise DataError(
+            target.argument, f" needs labels under which the backbone is right. {words}. Check that the labels are its class numbers, or "
+            "give ", Argument("max_fidelity_drop", f"{target.limit:g}"), ".", argument="max_drop", value=target.limit,
         )  # fmt: skip
 
 

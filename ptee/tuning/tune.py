@@ -20,7 +20,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.tuning.config import Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.operating_points import operating_points
-from ptee.tuning.reachable import Margin
+from ptee.tuning.reachable import Margin, require_right
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import DEFAULTS, WITHIN, solve
 from ptee.tuning.threshold_search import ROUNDING
@@ -83,13 +83,28 @@ def tune(
         max_drop=max_drop, max_fidelity_drop=max_fidelity_drop, max_cost=max_cost, one_threshold=one_threshold, margin=margin,
         answers=answers, confidence=confidence, each_exit=each_exit,
     )  # fmt: skip
-    target = Target.given(config)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
+    return _chosen(model, data, Target.given(config), config, times, trusted=False, **how)
+
+
+def _chosen(
+    model: EarlyExitModel,
+    data: Any,
+    target: Target,
+    config: ThresholdsConfig,
+    times: BatchTimes | None,
+    *,
+    trusted: bool,
+    **how: Any,
+) -> Solution:
+    """`tune` for a target. The labels are `trusted`, or they are refused where the backbone is near chance under them."""
     known, kinds = recorded(data), str(config.answers)
     if kinds == "auto" and known is not None and not known[0].can_give_logits(model, known[1]):
         kinds = OWN
     traces = replace(record(model, data, logits=kinds != OWN, own=True, **how), times=times)
     require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
+    if not trusted:
+        require_right(target, traces, model.num_classes)
     found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=kinds)
     if config.confidence is not None:
         how_sure: dict[str, Any] = {"one_threshold": config.one_threshold, "each_exit": config.each_exit}
@@ -126,16 +141,7 @@ def choose_thresholds(
     parts = parts_for_tuning(unseen)
     # before the backbone runs over them
     require_images(target, config.confidence, len(parts.calibration), each_exit=config.each_exit)
-    goal: dict[str, Any] = {
-        target.kind: target.limit,
-        "one_threshold": config.one_threshold,
-        "margin": config.margin,
-        "answers": config.answers,
-        "confidence": config.confidence,
-        "each_exit": config.each_exit,
-        "times": times,
-    }
-    found = tune(model, parts.calibration, **goal, **how)
+    found = _chosen(model, parts.calibration, target, config, times, trusted=True, **how)
     about = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
     model.results = (model.results or {}) | {"tuning": about | found.to_dict()}
     log(f"\n{parts.words}\n{found}")

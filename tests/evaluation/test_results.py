@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import partial
 
 import pytest
@@ -260,7 +261,20 @@ def test_the_batch_size_that_speed_was_measured_with_is_reported(monkeypatch):
 
 @pytest.mark.parametrize(("wish", "for_fidelity"), [("max_fidelity_drop", True), ("max_drop", False)])
 def test_the_results_know_whether_the_thresholds_were_chosen_for_fidelity(wish, for_fidelity):
-    model, data = made(), TensorDataset(*labelled())
+    model, (x, _) = made(), labelled()
+    data = TensorDataset(x, model.bare(x).argmax(-1))
     ptee.tune(model, data, **{wish: 0.25}, answers="own")
     assert evaluate(model, data, speed=False).for_fidelity is for_fidelity
     assert not evaluate(model, data, threshold=0.123, speed=False).for_fidelity
+
+
+def test_labels_under_which_the_backbone_is_near_chance_are_doubted_in_place_of_advice():
+    model, (x, _) = made(), labelled()
+    answers = model.bare(x).argmax(-1)
+    model.threshold = 0.0
+    results = evaluate(model, TensorDataset(x, (answers + 1) % K), speed=False)
+    said = "The backbone is right on 0.0% of .* check that the labels are its class numbers"
+    assert re.search(said, str(results).splitlines()[-1])
+    assert re.search(said, results.verdict[-1]) and "differ" not in str(results.verdict)
+    assert evaluate(model, TensorDataset(x, answers), speed=False).doubt == ""
+    assert evaluate(model, TensorDataset(x), speed=False).doubt == ""

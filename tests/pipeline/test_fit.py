@@ -321,6 +321,14 @@ def test_without_labels_the_heads_learn_the_backbones_answers_and_fidelity_is_ke
     fit(network(), unlabelled, recipe="eenet")  # which learns labels where there are any
 
 
+@pytest.mark.parametrize("argument", ["val_data", "calibration_data"])
+def test_labels_of_one_data_set_are_doubted_though_those_of_the_many_training_images_are_right(argument):
+    x, few = images(800).tensors[0], images(60, seed=1).tensors[0]
+    right, wrong = (TensorDataset(each, (network()(each).argmax(-1) + n) % K) for n, each in enumerate((x, few)))
+    with pytest.raises(PteeError, match=rf"max_drop=0\.01 needs labels .*{argument}: The backbone is right on 0\.0%"):
+        ptee.fit(network(), right, **{argument: wrong}, max_drop=0.01, input_size=SIZE, device=here())
+
+
 def test_labels_under_which_the_backbone_is_never_right_are_not_believed():
     pictures = images(80).tensors[0]
     wrong = TensorDataset(pictures, (network()(pictures).argmax(-1) + 1) % K)

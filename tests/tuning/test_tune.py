@@ -12,7 +12,7 @@ from small import made
 from torch.utils.data import TensorDataset
 
 import ptee
-from ptee._common.errors import PteeError
+from ptee._common.errors import DataError, PteeError
 from ptee.tuning.config import Target, ThresholdsConfig
 from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Score
@@ -46,6 +46,18 @@ def test_a_target_that_is_refused_leaves_the_thresholds_as_they_were(target):
     with pytest.raises(PteeError):
         ptee.tune(model, TensorDataset(*labelled()), **target)
     assert model.threshold == [0.3, 0.6]
+
+
+def test_a_drop_of_accuracy_is_refused_where_the_backbone_is_near_chance_under_the_labels():
+    model, x = made(), torch.randn(60, *small.SIZE)
+    answers = model.bare(x).argmax(-1)
+    wrong, before = TensorDataset(x, (answers + 1) % small.K), model.threshold
+    said = r"max_drop=0\.1 needs labels under which the backbone is right\. The backbone is right on 0\.0% of 60 images.*max_fidelity_drop=0\.1"
+    with pytest.raises(DataError, match=said) as refusal:
+        ptee.tune(model, wrong, max_drop=0.1)
+    assert (refusal.value.argument, model.threshold) == ("max_drop", before)
+    ptee.tune(model, wrong, max_fidelity_drop=0.1)
+    ptee.tune(model, TensorDataset(x, answers), max_drop=0.1)
 
 
 def test_the_defaults_are_those_of_recipes_so_that_a_reserve_is_kept():
