@@ -376,6 +376,8 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
         elsewhere = (
             f"The run's thresholds were chosen on {shown}; whether some of its images are among these is not known."
         )
+        if Path(data.place).is_relative_to(where):
+            elsewhere = f"The run's thresholds were chosen on some images of {shown}, and these lie there, too. Without --data the others are taken."
         return images, "" if given else elsewhere
     parts = parts_for_tuning(unseen)
     if not same and parts.report is not images:  # so other halves would be drawn

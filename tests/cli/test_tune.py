@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -179,6 +180,13 @@ def tuned_on_two(run, finished, things) -> Path:
     shutil.copytree(things / "two", "two")
     assert run("tune", finished, "--max-cost", 0.9, "--data", "two", "--no-speed").status == 0
     return finished
+
+
+def test_of_a_part_of_the_images_that_chose_the_thresholds_it_is_said_that_it_lies_among_them(run, tuned_on_two):
+    about = evaluated(run, tuned_on_two, "--data", "two/val")["about"]
+    assert re.search(
+        r"chosen on some images of '.*two', and these lie there, too\. Without --data the others are taken\.", about
+    )
 
 
 def test_images_that_thresholds_were_chosen_on_are_known_again_in_another_folder(run, tuned_on_two):
