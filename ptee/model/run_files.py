@@ -241,8 +241,10 @@ def record_of(
     if about.source is None:
         has = f"has the front network {about.name}" if front else f"was made for {about.name}"
         raise RunError(
-            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Give it in Python: "
-            f"ptee.load(folder, {argument}=...)."
+            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Give it as {argument}=... in "
+            f"Python: model = ptee.load({str(folder)!r}, {argument}=...), then ptee.evaluate, tune, write_report or export. "
+            "The commands serve, bench and evaluate take what ptee.export wrote.",
+            argument=argument,
         )
     keeps = not front and config.backbone.weights_file is not None
     if keeps and weights is not None:
