@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -34,6 +35,7 @@ EXAMPLES = {  # of all commands that do not run without a word more
     "sweep": "--over seed=0,1,2 --model resnet50 --data FOLDER --out runs/sweep",
     "plot": "RUN --out curve.html",
 }
+WITHOUT_IMAGES = ("plan", "advise")  # these write nothing, either
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
 
 
@@ -75,6 +77,8 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
         message, status = _about_run(f"{error.option_name} is no option of this command. {advice}.", words), 2
+    elif isinstance(error, click.UsageError) and (model := _bare_model(error, words)):
+        message, status = f"The word {model} has no option before it. Did you mean --model {model}?", 2
     elif isinstance(error, click.MissingParameter) and words and words[0] in EXAMPLES:
         example = f"ptee {words[0]} {EXAMPLES[words[0]]}"
         message, status = f"{error.format_message()} Such as: {with_run(_about_run(example, words), 'runs/r50')}", 2
@@ -146,6 +150,12 @@ def _as_setting(error: click.NoSuchOption) -> str:
         return (
             f"A request may bring its own, as /predict?threshold=0.7. That of a run is set in Python: {SET_THRESHOLD}"
         )
+    if command and command.name in WITHOUT_IMAGES and name in ("data", "data_root", "classes"):
+        return f"ptee {command.name} reads no images. ptee augment does"
+    if command and command.name in WITHOUT_IMAGES and name in ("out", "overwrite", "resume"):
+        return f"ptee {command.name} writes nothing. ptee augment does"
+    if command and command.name == "advise" and name == "model":
+        return "The model is the first word: ptee advise NAME"
     if command and command.name == "sweep" and name == "recipe":
         return "The recipe is the first word: ptee sweep RECIPE --over NAME=VALUE,VALUE"
     if not options & {"--set", "--over"}:
@@ -159,6 +169,14 @@ def _as_setting(error: click.NoSuchOption) -> str:
         return ""
     is_flag = isinstance(SETTINGS[path].default, bool)
     return f"Give {as_option(Argument(name, 'true' if is_flag else 'VALUE'), command)}"
+
+
+def _bare_model(error: click.UsageError, words: list[str]) -> str:
+    """The word that was typed without --model before it, where that is missing and nothing else was; else empty."""
+    extra = re.fullmatch(r"Got unexpected extra argument \((\S+)\)", error.message)
+    options = {option for parameter in error.ctx.command.params for option in parameter.opts} if error.ctx else set()
+    given = any(word.partition("=")[0] == "--model" for word in words)
+    return extra[1] if extra and "--model" in options and not given and not Path(extra[1]).exists() else ""
 
 
 class _BrokenPipe(Exception):  # noqa: N818 - the error is its cause

@@ -94,6 +94,19 @@ MISTYPED = {
         ["sweep", "--recipe", "mine.yaml", "--over", "seed=0,1", "--out", "x"],
         r"^--recipe is no option of this command\. The recipe is the first word: ptee sweep RECIPE --over NAME=VALUE,VALUE\.$",
     ),
+    "images for plan": (
+        ["plan", "--data", "pics"],
+        r"^--data is no option of this command\. ptee plan reads no images\. ptee augment does\.$",
+    ),
+    "a folder for plan": (
+        ["plan", "--out", "x"],
+        r"^--out is no option of this command\. ptee plan writes nothing\. ptee augment does\.$",
+    ),
+    "the model of advise": (["advise", "--model", "resnet18"], r"The model is the first word: ptee advise NAME\.$"),
+    "a model without its option": (
+        ["plan", "mobilenetv2_100"],
+        r"^The word mobilenetv2_100 .*\. Did you mean --model mobilenetv2_100\?$",
+    ),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
     "a run without a name": (["evaluate", ""], "The value after evaluate is empty"),
