@@ -173,7 +173,7 @@ def _as_setting(error: click.NoSuchOption) -> str:
 
 def _bare_model(error: click.UsageError, words: list[str]) -> str:
     """The word that was typed without --model before it, where that is missing and nothing else was; else empty."""
-    extra = re.fullmatch(r"Got unexpected extra argument \((\S+)\)", error.message)
+    extra = re.fullmatch(r"Got unexpected extra argument \(([a-zA-Z]\S*)\)", error.message)
     options = {option for parameter in error.ctx.command.params for option in parameter.opts} if error.ctx else set()
     given = any(word.partition("=")[0] == "--model" for word in words)
     return extra[1] if extra and "--model" in options and not given and not Path(extra[1]).exists() else ""
