@@ -17,7 +17,7 @@ import click
 
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
-from ptee._common.files import is_folder
+from ptee._common.files import expanded, is_folder
 from ptee._common.process import lead_nowhere, open_closed, say, unwritable
 from ptee._common.text import with_run
 
@@ -103,12 +103,24 @@ def _interrupted(words: list[str]) -> str:
         return "Interrupted. The same command goes on."
     if name in MEASURING and "--save" not in words:
         return "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
+    if name == "export" and not _has_written(words):
+        return "Interrupted: nothing was written. The same command begins again."
     if name == "augment":  # before an epoch was complete; later the training says what it kept
         if "--resume" in words:
             return "Interrupted: what was trained before is kept. The same command goes on."
         as_it_was = " What was in the run's folder is as it was." * ("--overwrite" in words)
         return f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}"
     return "Interrupted."  # what it wrote so far may be whole
+
+
+def _has_written(words: list[str]) -> bool:
+    """Whether the folder after --out holds anything. That of an export held nothing before, and holds all or nothing now."""
+    from ptee._common.writing import is_left_over
+
+    out = [word for before, word in pairwise(words) if before == "--out"]
+    out += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
+    folders = [folder for folder in map(expanded, out) if is_folder(folder)]
+    return any(not is_left_over(path.name) for folder in folders for path in folder.iterdir())
 
 
 def _worded(error: PteeError, words: list[str]) -> str:
