@@ -10,14 +10,17 @@ import re
 import zipfile
 from collections import Counter
 from dataclasses import asdict
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.errors import NEAREST, Argument, DataError, PteeError
 from ptee._common.text import escaped, shown
 
 LONGEST_KEY = 60  # of JSON, in a message
 DEEPEST = 100  # objects and lists of JSON inside one another; how many Python can read depends on its version
+MOST_NAMES = 10_000  # that are compared with a wrong one
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
 _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{}]')  # strings, whole, and brackets
 
@@ -59,6 +62,18 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
+
+
+def folders_like(path: Path) -> list[Path]:
+    """The folders whose names are spelt nearly as this one, where it would lie; the nearest first."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, MOST_NAMES) if entry.name[0] != "." and entry.is_dir()]
+    except (OSError, ValueError):
+        return []
+    return [
+        path.parent / name for name in get_close_matches(path.name, names, NEAREST, cutoff=0.7) if name != path.name
+    ]
 
 
 def file_hash(path: Path) -> str:

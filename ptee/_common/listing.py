@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError
-from ptee._common.files import expanded, require_utf8
+from ptee._common.files import expanded, folders_like, require_utf8
 
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
 TAR_BLOCK_BYTES, READ_BYTES = 512, 2**20
@@ -35,7 +35,8 @@ def require_place(source: str | Path) -> bool:
         raise DataError(text, argument="data", value=source)
     is_prefixed = name.partition("/")[0] in (HUB, "torch", *STREAMS)  # so its slash does not mean a folder
     if isinstance(source, Path) or name.startswith((".", "~")) or (os.sep in name and not is_prefixed):
-        raise DataError(f"Data folder '{name}' does not exist: {GIVE}.", argument="data", value=source)
+        meant = f". Did you mean '{like[0]}'?" if (like := folders_like(path)) else f": {GIVE}."
+        raise DataError(f"Data folder '{name}' does not exist{meant}", argument="data", value=source)
     return False
 
 

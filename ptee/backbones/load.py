@@ -117,7 +117,7 @@ def load_backbone(
     size = None if input_size is None else checked_size(input_size)
     file = None if weights is None else _recordable(as_path(weights, "weights"))
     if not isinstance(model, str | nn.Module):
-        text = f"A model is a name such as 'resnet50' or an nn.Module, not a {type(model).__name__}."
+        text = f"A model is a name such as 'resnet50' or an nn.Module, not {_other_than_a_model(model)}"
         raise BackboneError(text, argument="model", value=model)
     label = model if isinstance(model, str) else type(model).__name__
     own, args = pretrained and not file, dict(model_args or {})
@@ -127,6 +127,15 @@ def load_backbone(
         return _wrap(model, request)
     library, name = find_model(model)
     return _load(library, replace(request, name=name))
+
+
+def _other_than_a_model(given: Any) -> str:
+    """What it is, and where that tells what was meant, what to give."""
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        return f"a class. Give an instance: {given.__name__}()."
+    if isinstance(given, Mapping) and any(isinstance(value, torch.Tensor | Mapping) for value in given.values()):
+        return "its weights. Build the network, and load them: net.load_state_dict(...)."
+    return f"a {type(given).__name__}."
 
 
 def _recordable(weights: Path) -> str:

@@ -93,6 +93,9 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
 
 def require_weights(file: str | Path) -> None:
     """Refuse a file of weights that is not there, or is a folder."""
+    if Path(file).suffix == ".py":
+        text = f"{file!s:.300} is a Python file. Save the weights with torch.save(net.state_dict(), 'weights.pth'), and give that."
+        raise BackboneError(text, argument="weights", value=str(file))
     if not is_file(path := Path(file)):
         if found := _inside(path):
             text = f"{file!s:.300} is a folder. Give the file of weights in it: {some(found)}."

@@ -252,7 +252,12 @@ def _class_numbers(labels: Any, b: int) -> Tensor:
         said = "The label of 1 image should be 1 class number, but it is"
         if b != 1:
             said = f"The labels of {b} images should be {b} class numbers, but they are"
-        raise DataError(f"{said} a {_describe(labels)}.")
+        advice = ""
+        if numbers.shape in ((b,), (b, 1)) and numbers.equal(numbers.round()):
+            advice = " Give labels.long()."
+        elif numbers.dim() == 2 and len(numbers) == b and numbers.shape[1] > 1:
+            advice = " Of one-hot labels give labels.argmax(-1)."
+        raise DataError(f"{said} a {_describe(labels)}.{advice}")
     return numbers.flatten().long()  # (b, 1) -> (b,)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptee._common.errors import DataError, UnknownName, first_line, possible
+from ptee._common.files import folders_like
 from ptee._common.listing import HUB, STREAMS
 from ptee.data.demo_images import DEMO, demo_listing
 from ptee.data.folders import Listing
@@ -128,6 +129,8 @@ def _find_in_torchvision(name: str) -> Any:
     lower = {key.lower(): key for key in makers}
     asked = name.lower() if name.lower() in lower else name.lower().replace("_", "")  # timm says fashion_mnist
     if asked not in lower:
+        if like := folders_like(Path(name)):
+            raise UnknownName(f"There is no folder {name!r}, and no data set of that name. Did you mean '{like[0]}'?")
         names = possible(name, lower if name.islower() else makers, first=[*NAMED], most=len(lower) + len(NAMED))
         raise UnknownName(f"There is no folder {name!r}, and no data set of that name.{names}")
     return makers[lower[asked]]

@@ -12,6 +12,7 @@ from ptee._common.errors import PteeError, warn
 from ptee._common.text import describe_thresholds
 from ptee._common.validation import checked
 from ptee.model.forward import ExitOutput, running
+from ptee.model.images import detached
 from ptee.production.curve import ABOVE_ONE, ROUNDING, TUNE, Curve, Wish, best_within
 from ptee.production.few_images import too_few
 from ptee.production.monitor import AT_ONCE, AUDIT, CONFIDENCE, Monitor, MonitorConfig, new_monitor
@@ -166,6 +167,8 @@ class InProduction:
         Raises:
             PteeError: for values that are not possible, where nothing is promised, or if there is a monitor already.
         """
+        if self._hold.released:
+            raise detached()
         settings = MonitorConfig(
             audit=audit, confidence=confidence, max_fidelity_drop=max_fidelity_drop, on_alarm=on_alarm, seed=seed
         )  # fmt: skip

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
 
 from ptee import __version__
-from ptee._common.errors import Argument, PteeError, RunError, first_line
-from ptee._common.files import as_path, from_json, is_folder
+from ptee._common.errors import NEAREST, Argument, PteeError, RunError, first_line
+from ptee._common.files import MOST_NAMES, as_path, folders_like, from_json, is_file, is_folder
 from ptee._common.process import no_logs
 from ptee._common.validation import from_pydantic
 from ptee._common.writing import settle
@@ -27,6 +28,7 @@ CHECKPOINT = "checkpoint.safetensors"  # of a training that is not over
 LARGEST_CONFIG_BYTES = 4 * 2**20
 LARGEST_BYTES = {HEADS: 4 * 2**30, BACKBONE: 64 * 2**30}
 OTHER_FOLDER = "Copy the run to a folder that you may write."
+WROTE = " Give a folder that `ptee augment --out` wrote."
 _AGAIN = f"{HEADS} and {CONFIG} do not belong together. Copy the run again."
 
 
@@ -46,9 +48,7 @@ def read_config(folder: str | Path, **hub: Any) -> tuple[RunConfig, bool]:
             f"{folder} holds an interrupted training and no run yet. What began it goes on with ", resume, "."
         )
     if not path.is_file():
-        raise RunError(
-            f"{folder} holds no {CONFIG}: no run was completed there. Give a folder that `ptee augment --out` wrote."
-        )
+        raise RunError(f"{folder} holds no {CONFIG}: no run was completed there.{meant(local) or WROTE}")
     return _checked(folder, read_values(folder, path)), remote
 
 
@@ -241,8 +241,10 @@ def record_of(
     if about.source is None:
         has = f"has the front network {about.name}" if front else f"was made for {about.name}"
         raise RunError(
-            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Give it in Python: "
-            f"ptee.load(folder, {argument}=...)."
+            f"{folder} {has}, which config.json cannot rebuild (a Python module, or random weights). Give it as {argument}=... in "
+            f"Python: model = ptee.load({str(folder)!r}, {argument}=...), then ptee.evaluate, tune, write_report or export. "
+            "The commands serve, bench and evaluate take what ptee.export wrote.",
+            argument=argument,
         )
     keeps = not front and config.backbone.weights_file is not None
     if keeps and weights is not None:
@@ -301,11 +303,25 @@ def _may_be_repo(name: str) -> bool:
     return bool(fits) and not Path(name).parent.is_dir()
 
 
+def meant(folder: Path) -> str:
+    """The runs that may be meant by what is none: those in it, in runs/, or of nearly its name. A question after a blank; empty if none is."""
+    try:
+        near = (
+            sorted(islice(folder.iterdir(), MOST_NAMES))
+            if is_folder(folder)
+            else [Path("runs") / folder, *folders_like(folder)]
+        )
+    except OSError:
+        near = []
+    runs = [str(path) for path in near if is_file(path / CONFIG) and is_file(path / HEADS)]
+    return f" Did you mean {' or '.join(runs[:NEAREST])}?" if runs else ""
+
+
 def download(repo: str, name: str, hub: Mapping[str, Any]) -> Path:
     """A file of a repo on the hub."""
     if not _may_be_repo(repo):
         raise RunError(
-            f"There is no folder {repo:.200}. Give a folder that `ptee augment --out` wrote, or user/repo on the hub."
+            f"There is no folder {repo:.200}.{meant(Path(repo)) or f'{WROTE[:-1]}, or user/repo on the hub.'}"
         )
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 

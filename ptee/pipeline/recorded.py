@@ -16,7 +16,17 @@ from ptee._common.files import as_path, is_file, is_folder
 from ptee._common.text import printable, quoted
 from ptee._common.writing import is_left_over, require_writable, settle
 from ptee.backbones.library import require_alike
-from ptee.model.run_files import CHECKPOINT, METRICS, OTHER_FOLDER, is_run, metrics_of, read_config, read_run, record_of
+from ptee.model.run_files import (
+    CHECKPOINT,
+    METRICS,
+    OTHER_FOLDER,
+    is_run,
+    meant,
+    metrics_of,
+    read_config,
+    read_run,
+    record_of,
+)
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.tuning.config import TARGETS, no_target
 
@@ -83,7 +93,8 @@ def require_tunable(run: str, *, keep: bool = True) -> None:
     folder = Path(run)
     settle(folder)
     if not is_folder(folder):
-        raise RunError(f"There is no folder {run:.200}. Thresholds are written into a run, so give one on this disk.")
+        advice = meant(folder) or " Thresholds are written into a run, so give one on this disk."
+        raise RunError(f"There is no folder {run:.200}.{advice}")
     if keep:
         require_writable(folder, OTHER_FOLDER)
     if is_file(folder / METRICS):

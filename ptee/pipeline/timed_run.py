@@ -17,6 +17,7 @@ from ptee.data.pictures import all_broken_named
 from ptee.deploy.runner import load_exported
 from ptee.model import saving
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.run_files import meant
 from ptee.pipeline.exported import images_for
 from ptee.pipeline.saved_run import load_run, open_run, usual_threads
 from ptee.timing.exported_bench import ExportedBench, bench_exported
@@ -57,7 +58,8 @@ def bench_saved(
         RunError: if the run cannot be opened, or times cannot be kept in it.
     """
     if save and not Path(run).is_dir():
-        raise RunError(f"There is no folder {run}. Times are written into a run, so give one on this disk.")
+        advice = meant(Path(run)) or " Times are written into a run, so give one on this disk."
+        raise RunError(f"There is no folder {run}.{advice}")
     checked_sizes(batch_sizes)
     model, images, note = _with_images(run, batch_sizes, weights, device, where)
     model.to(device)

@@ -1,7 +1,7 @@
 """How fast is a trained run on a GPU, with its own thresholds, on its own images? In half precision.
 
-    python recipes/gpu/trained.py runs/mine --data FOLDER
-    python recipes/gpu/trained.py runs/mine --batch 32 --mode graphs
+    python recipes/gpu/trained.py runs/r50 --data FOLDER
+    python recipes/gpu/trained.py runs/r50 --batch 32 --mode graphs
 
 It prints the time of `predict` over that of the bare backbone by the same executor, and over the bare backbone as it is.
 """

@@ -1,6 +1,6 @@
 """Do all ways to run a trained model give the same answers to its images? `predict`, `ptee.optimize`, and both formats of `ptee export`.
 
-    python recipes/scripts/same_answers.py runs/mine --data FOLDER
+    python recipes/scripts/same_answers.py runs/r50 --data FOLDER
 
 With `--time` each is timed, too, in turns with the bare backbone. ONNX Runtime takes all cores that it may use: `taskset -c 0` gives
 all of them one.

@@ -298,6 +298,19 @@ def test_a_module_of_another_type_is_tried_in_its_own(dtype):
     assert load_backbone(Tiny().to(dtype), input_size=(3, 16, 16)).num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Tiny, r"not a class\. Give an instance: Tiny\(\)\.$"),
+        (Tiny().state_dict(), r"load them: net\.load_state_dict\(\.\.\.\)\.$"),
+    ],
+    ids=["class", "weights"],
+)
+def test_where_it_is_clear_what_was_meant_the_refusal_says_what_to_give(model, said):
+    with pytest.raises(BackboneError, match=said):
+        ptee.augment(model)
+
+
 @pytest.mark.parametrize("model", [None, nn.Linear, [nn.Linear(2, 2)], len], ids=["None", "class", "list", "function"])
 def test_what_is_neither_a_name_nor_a_module_is_refused(model):
     with pytest.raises(BackboneError, match=r"a name such as 'resnet50' or an nn\.Module, not a"):

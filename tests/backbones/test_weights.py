@@ -172,6 +172,12 @@ def test_a_file_without_a_state_dict_is_refused_by_name(tmp_path, content):
         read_checkpoint(tmp_path / "other.pth")
 
 
+def test_a_python_file_is_no_weights(tmp_path):
+    (tmp_path / "net.py").write_text("net = 1")
+    with pytest.raises(BackboneError, match=r"net\.py is a Python file\. Save the weights with torch\.save"):
+        read_checkpoint(tmp_path / "net.py")
+
+
 @pytest.mark.parametrize("file", ["missing.safetensors", "x" * 5000])
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path, file):
     with pytest.raises(BackboneError, match="There is no weights file"):

@@ -91,6 +91,15 @@ def test_what_is_no_run_is_refused(folder, said, run, things):
     assert_refused(run("evaluate", things / "empty" if folder == "EMPTY" else folder), said)
 
 
+@pytest.mark.parametrize(
+    "command", [["evaluate"], ["tune", "--max-drop", "0.1"], ["bench", "--save"]], ids=lambda words: words[0]
+)
+@pytest.mark.parametrize("name", ["sq", "runs", "runs/sqq"])
+def test_a_run_that_may_be_meant_is_named(name, command, run, finished, elsewhere):
+    shutil.copytree(finished, elsewhere / "runs" / "sq")
+    assert_refused(run(*command, name), r"Did you mean runs/sq\?$")
+
+
 # ---------------------------------------------------------------------------------------------------- data and weights
 
 

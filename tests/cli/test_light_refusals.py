@@ -162,7 +162,7 @@ RUNS: dict[str, tuple[Change, str]] = {
     "pixels beyond white": (images_of_network(mean=[1e308] * 3), "Pixels lie between 0 and 1, and so does their mean"),
     "pixels of two channels": (images_of_network(mean=[0.5, 0.5]), "Images of 3 channels need 3 numbers for backbone.input.mean"),
     "blended answers without weights": (answers(name="blended", blend=None), "no weights for the blended answers"),
-    "no record": (lambda run: edited(run, lambda config: config["backbone"].update(source=None)), "config.json cannot rebuild"),
+    "no record": (lambda run: edited(run, lambda config: config["backbone"].update(source=None)), r"as backbone=\.\.\. in Python: model = ptee\.load\('.*', backbone=\.\.\.\), then ptee\.evaluate.*serve, bench and evaluate take what"),
     "heads with a flipped bit": (bytes_of_heads(lambda old: old[:-1] + bytes([old[-1] ^ 1])), "is damaged, or of another training"),
     "heads cut off": (bytes_of_heads(lambda old: old[:-4]), "cut off or damaged"),
     "heads with more behind them": (bytes_of_heads(lambda old: old + b"more"), "cut off or damaged"),

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -17,6 +18,7 @@ from command import RANDOM, Done, assert_refused
 import ptee
 from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee.cli.main import EXAMPLES, _failed, cli
+from ptee.deploy import export as exporting
 
 COMMANDS = (
     *("augment", "plan", "advise", "evaluate", "tune", "compare", "report", "bench"),
@@ -94,6 +96,19 @@ MISTYPED = {
         ["sweep", "--recipe", "mine.yaml", "--over", "seed=0,1", "--out", "x"],
         r"^--recipe is no option of this command\. The recipe is the first word: ptee sweep RECIPE --over NAME=VALUE,VALUE\.$",
     ),
+    "images for plan": (
+        ["plan", "--data", "pics"],
+        r"^--data is no option of this command\. ptee plan reads no images\. ptee augment does\.$",
+    ),
+    "a folder for plan": (
+        ["plan", "--out", "x"],
+        r"^--out is no option of this command\. ptee plan writes nothing\. ptee augment does\.$",
+    ),
+    "the model of advise": (["advise", "--model", "resnet18"], r"The model is the first word: ptee advise NAME\.$"),
+    "a model without its option": (
+        ["plan", "mobilenetv2_100"],
+        r"^The word mobilenetv2_100 .*\. Did you mean --model mobilenetv2_100\?$",
+    ),
     "an option without its value": (["plan", "--model"], "--model"),
     "a run that is not named": (["evaluate"], "RUN"),
     "a run without a name": (["evaluate", ""], "The value after evaluate is empty"),
@@ -161,6 +176,7 @@ def test_arguments_in_a_refusal_are_printed_as_options(run, plan_fails):
 
 
 NO_EPOCH = "Interrupted: no epoch of the exits was complete, so nothing was kept."
+NOTHING_WRITTEN = "Interrupted: nothing was written. The same command begins again."
 BEGINS_AGAIN = "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
 
 
@@ -188,7 +204,8 @@ def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fai
         ("augment", NO_EPOCH),
         ("augment --overwrite --out", f"{NO_EPOCH} What was in the run's folder is as it was."),
         ("augment --resume --out", "Interrupted: what was trained before is kept. The same command goes on."),
-        ("export", "Interrupted."),
+        ("export", NOTHING_WRITTEN),
+        ("export --out", NOTHING_WRITTEN),
         ("sweep", "Interrupted. The same command goes on."),
         ("trace --overwrite", "Interrupted."),
     ],
@@ -196,6 +213,23 @@ def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fai
 def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
     assert _failed(KeyboardInterrupt(), [*command.split(), "run"]) == 130
     assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before all is written", "afterwards"])
+@pytest.mark.parametrize("step", ["_require_same", "replace_files", "publish"])
+def test_ctrl_c_in_an_export_says_what_was_written(step, before, run, finished, elsewhere, monkeypatch):
+    usual = getattr(exporting, step)
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        if not before:
+            usual(*given, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, step, interrupted)
+    done = run("export", finished, "--out", "exported")
+    written = (elsewhere / "exported" / "manifest.json").exists()
+    assert written == (not before and step != "_require_same")
+    assert (done.status, done.err.splitlines()[-1]) == (130, "Interrupted." if written else NOTHING_WRITTEN)
 
 
 def test_of_an_error_in_a_process_that_loads_images_the_last_line_is_printed(run, plan_fails):

@@ -152,8 +152,10 @@ def test_a_batch_without_labels_has_none(batch):
         ([], "list ()"),
         ("text", "it is a str"),
         ((IMAGES, LABELS[:3]), "The labels of 5 images should be 5 class numbers, but they are a Tensor (3,) int64"),
-        ((IMAGES, LABELS.float()), "a Tensor (5,) float32"),
-        ((IMAGES, torch.eye(5).long()), "a Tensor (5, 5) int64"),
+        ((IMAGES, LABELS.float()), "a Tensor (5,) float32. Give labels.long()."),
+        ((IMAGES, LABELS + 0.5), "a Tensor (5,) float32."),
+        ((IMAGES, torch.eye(5).long()), "a Tensor (5, 5) int64. Of one-hot labels give labels.argmax(-1)."),
+        ((IMAGES[:1], torch.eye(5)[:1]), "it is a Tensor (1, 5) float32. Of one-hot labels give labels.argmax(-1)."),
         ((IMAGES, ("cat",) * 5), "a tuple (str, str"),
     ],
 )

@@ -33,6 +33,15 @@ def test_an_unknown_name_suggests_the_closest(name, said):
         opened(name)
 
 
+def test_a_folder_of_nearly_this_name_is_suggested_first(tmp_path, monkeypatch):
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownName, match=r"no data set of that name\. Did you mean 'pics'\?$"):
+        opened("picz")
+    with pytest.raises(DataError, match=r"picz' does not exist\. Did you mean '.*/pics'\?$"):
+        opened(tmp_path / "picz")
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_data_set_that_ptee_names_is_opened_without_a_connection_and_the_same_each_time(name):
     first, again = (open_named(name, transform=TRANSFORM) for _ in range(2))

@@ -444,8 +444,9 @@ def test_hooks_that_do_not_run_are_noticed(exits, call):
         lambda model, out: ptee.export(model, out),
         lambda model, out: ptee.tune(model, [(image,) for image in images()], max_cost=0.9),
         lambda model, out: ptee.optimize(model),
+        lambda model, out: model.monitor(max_fidelity_drop=0.1),
     ],
-    ids=["predict", "export", "tune", "optimize"],
+    ids=["predict", "export", "tune", "optimize", "monitor"],
 )
 def test_a_detached_model_is_refused_by_name_whatever_it_is_to_do(use, tmp_path):
     model = make(Around(), ("stem",))
