@@ -48,7 +48,10 @@ def best_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if device.type == "cpu":
         fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
-        return "bf16" if fast and torch.cpu._is_avx512_bf16_supported() else "no"
+        has = getattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda: False
+        )  # a private name, which a later torch may not have
+        return "bf16" if fast and has() else "no"
     return "no"
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import threading
 import warnings
@@ -243,15 +242,6 @@ def lead_nowhere(name: str = "stdout") -> None:
     with suppress(OSError, ValueError):  # a program has put something without a number in its place
         os.dup2(null.fileno(), getattr(sys, name).fileno())
     setattr(sys, name, null)
-
-
-def say(message: str, status: int) -> int:
-    """Print one line on standard error, and give the status on."""
-    try:
-        print(re.sub(r"\s*[^\S ]\s*", " ", message.strip()), file=sys.stderr, flush=True)  # blanks in a path stay
-    except OSError:
-        lead_nowhere("stderr")
-    return status
 
 
 def unwritable(why: OSError) -> tuple[str, int]:

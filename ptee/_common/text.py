@@ -117,6 +117,15 @@ def with_run(text: str, run: object) -> str:
     return ABOUT_RUN.sub(lambda found: f"{found[1]}{quoted(run)}" if found[1] else f"{found[2]}{str(run)!r}", text)
 
 
+def one_line(text: str) -> str:
+    """A text without line breaks, tabs and what stands around them. Blanks, as in a path, stay.
+
+    >>> one_line("a  b.pth is\\n   no file.\\n")
+    'a  b.pth is no file.'
+    """
+    return re.sub(r"\s*[^\S ]\s*", " ", text.strip())
+
+
 def printable(text: str) -> str:
     """A text without characters that steer a terminal: escapes and marks that turn the direction. Line breaks and tabs stay.
 

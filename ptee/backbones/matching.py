@@ -328,6 +328,9 @@ def _counters_last(names: Sequence[str] | State) -> list[str]:
 def _other_shapes(checkpoint: Checkpoint, found: _Candidate, module: nn.Module) -> BackboneError:
     """The tensors have the right names, but other shapes or kinds of numbers."""
     wrong, have, own = found.misshapen, found.tensors, module.state_dict()
+    if empty := [key for key in wrong if have[key].numel() == 0 < own[key].numel()]:
+        text = f"holds no numbers in {shown(empty, 3)}. DeepSpeed (ZeRO-3) keeps weights in other files: run zero_to_fp32.py, "
+        return refusal(checkpoint.file, f"{text}which lies beside them, and give the file that it writes.")
     if same_shape := [key for key in wrong if have[key].shape == own[key].shape]:
         key = same_shape[0]
         why = "" if have[key].is_complex() else ": it is quantised"

@@ -82,8 +82,11 @@ def _row(line: dict[str, str]) -> Published:
 
 
 def find_published(name: str, side: int | None = None) -> Published | None:
-    """The row of a network, by timm's name of it with or without `timm/`; None if there is none. Without a tag it has timm's default
-    weights. Of several rows that with images nearest to `side` pixels is taken, by default the smallest."""
+    """The row of a network, by timm's name of it, with or without `timm/`; None if there is none.
+
+    A name without a tag has timm's default weights. Of rows with images of other sizes, that nearest to `side` pixels is taken, by
+    default the smallest.
+    """
     name = name.removeprefix("timm/")
     if "." not in name:
         name = _with_default_tag(name)

@@ -16,7 +16,7 @@ MOST_RECIPES = 1000  # of a sweep, which has no more runs
 
 
 def require_recipe(recipe: Any) -> None:
-    """Refuse names of heads and confidences that there are not, thresholds in percent, and another number of them than of exits that are named."""
+    """Refuse unknown names of heads and confidences, thresholds in percent, and heads or thresholds that are not one for each named exit."""
     from ptee.exits.config import AUTO, require_confidence, require_no_percentage, wrong_number
     from ptee.exits.head_spec import as_list, one_each, parse_head
 

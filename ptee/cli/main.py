@@ -18,8 +18,8 @@ import click
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
 from ptee._common.files import expanded, is_folder
-from ptee._common.process import lead_nowhere, open_closed, say, unwritable
-from ptee._common.text import with_run
+from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.text import one_line, with_run
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
 EXAMPLES = {  # of all commands that do not run without a word more
@@ -93,7 +93,7 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = f"ptee failed: {name}: {error}. PTEE_DEBUG=1 shows where; please report it.", 1
     if status != 130 and os.environ.get("PTEE_DEBUG"):
         traceback.print_exception(error)
-    return say(message, status)
+    return _say(message, status)
 
 
 def _interrupted(words: list[str]) -> str:
@@ -121,6 +121,15 @@ def _has_written(words: list[str]) -> bool:
     out += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
     folders = [folder for folder in map(expanded, out) if is_folder(folder)]
     return any(not is_left_over(path.name) for folder in folders for path in folder.iterdir())
+
+
+def _say(message: str, status: int) -> int:
+    """Print one line on standard error, and give the status on."""
+    try:
+        click.echo(one_line(message), err=True)
+    except OSError:
+        lead_nowhere("stderr")
+    return status
 
 
 def _worded(error: PteeError, words: list[str]) -> str:

@@ -5,6 +5,7 @@ A setting is declared once, in the recipe. Its option takes name, help text and 
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,7 @@ def _typed(value: str) -> str:
     if value[:1] + value[-1:] in ("()", "[]"):
         value = value[1:-1].replace("'", "").replace(", ", ",")
     if value[:1] in ("'", '"') and value[:1] == value[-1:]:  # a text
-        value = value[1:-1]
+        value = ast.literal_eval(value)
     return quoted(value) if value else ""
 
 

@@ -143,5 +143,6 @@ def cache(run: str, **o: Any) -> None:
 
     with _goes_on(o["overwrite"]):
         write(run, limit=int(o["limit"] * 2**30), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH})
-    train = f"model = ptee.load({run!r}); ptee.train(model, ptee.open_cache({str(o['out'])!r}))"
-    click.echo(f"Train on it in Python: {train}; model.save_pretrained('trained')")
+    begin = f"model = ptee.load({run!r}); model.off = []; model.confidence = 'learned'"
+    train = f"ptee.train(model, ptee.open_cache({str(o['out'])!r})); model.save_pretrained('trained')"
+    click.echo(f"Train on it in Python, and choose thresholds afterwards (ptee tune trained): {begin}; {train}")

@@ -17,9 +17,8 @@ from ptee._common.errors import DataError, some
 from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
-SECONDS_TO_END = (
-    1.0  # where a process that loads images ends, its connection is lost before torch raises the error that says so
-)
+# Where a process that loads images ends, its connection is lost before torch raises the error that says so.
+SECONDS_TO_END = 1.0
 
 
 class CpuLoader(DataLoader[Any]):
@@ -31,18 +30,18 @@ class CpuLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         with made_on_cpu():
             found = super().__iter__()  # starts the processes
-        return _on_cpu(found)
+        return _on_cpu(found, wait=SECONDS_TO_END if self.num_workers else 0.0)
 
 
-def _on_cpu(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each made on the CPU; the default device is the user's own again while one is used."""
+def _on_cpu(items: Iterator[Any], wait: float) -> Iterator[Any]:
+    """The items, each made on the CPU; the default device is the user's own again while one is used. `wait`: after a lost connection."""
     end = object()
     while True:
         with made_on_cpu():
             try:
                 item = next(items, end)
             except (ConnectionError, EOFError):
-                time.sleep(SECONDS_TO_END)
+                time.sleep(wait)
                 raise
         if item is end:
             return

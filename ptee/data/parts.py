@@ -142,7 +142,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
 
 def read_whole(folder: Path, kind: str) -> Manifest:
-    """The manifest of a folder that is finished, and in which no more images than it was allowed cannot be read."""
+    """The manifest of a folder that is finished. If more images cannot be read than it was allowed, it is refused."""
     manifest = read_manifest(folder, kind)
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"

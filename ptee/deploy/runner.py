@@ -17,8 +17,8 @@ import numpy as np
 
 from ptee._common.errors import DataError, PteeError, RunError, first_line, warn
 from ptee._common.files import as_path, require_not_compressed
-from ptee._common.process import lead_nowhere, open_closed, say, unwritable
-from ptee._common.text import type_name
+from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.text import one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
@@ -364,15 +364,15 @@ def main(arguments: Sequence[str]) -> int:
         else:
             lines, faults = _answered(*arguments)
     except PteeError as why:
-        return say(str(why), 2)
+        return _say(str(why), 2)
     except KeyboardInterrupt:
-        return say("Interrupted.", 130)
+        return _say("Interrupted.", 130)
     try:
         print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     except OSError as why:
         lead_nowhere()
-        return say(*unwritable(why))
-    return max((say(fault, 2) for fault in faults), default=0)
+        return _say(*unwritable(why))
+    return max((_say(fault, 2) for fault in faults), default=0)
 
 
 def _answered(folder: str, *paths: str) -> tuple[list[str], list[str]]:
@@ -400,6 +400,15 @@ def _lines(runner: Runner, pictures: Sequence[tuple[str, np.ndarray]]) -> list[s
         f"{path}: class {int(logits.argmax())}{names[int(logits.argmax())]}, {places[int(exit)]}, cost {float(cost):.2f}"
         for path, logits, exit, cost in rows
     ]
+
+
+def _say(message: str, status: int) -> int:
+    """Print one line on standard error, and give the status on."""
+    try:
+        print(one_line(message), file=sys.stderr, flush=True)
+    except OSError:
+        lead_nowhere("stderr")
+    return status
 
 
 if __name__ == "__main__":

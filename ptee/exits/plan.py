@@ -145,7 +145,7 @@ class Plan:
         return replace(plan, exits=tuple(rows))
 
     def with_confidence(self, name: str) -> Plan:
-        """The same plan where rows leave by another confidence."""
+        """The same plan where rows leave by another confidence, a key of `CONFIDENCES`."""
         return replace(self, confidence=name).switched_off(self.off)
 
     @property

@@ -59,8 +59,10 @@ def demo(recipe: Recipe, job: Job) -> None:
 def another_threshold(model: EarlyExitModel, out: Path | None) -> str:
     """What to type to try another threshold, somewhat above the run's own: far from these all images leave at one place."""
     own = [t for n, t in enumerate(model.threshold) if n not in model.off and 0 < t < 1]
-    other = max(own) ** SOMEWHAT_ABOVE if own else USUAL_THRESHOLD
-    return f"Another threshold: ptee evaluate {quoted(out)} --threshold {other:.2g}"
+    other = round(max(own) ** SOMEWHAT_ABOVE, 3) if own else USUAL_THRESHOLD
+    if other >= 1 or other in own:
+        other = USUAL_THRESHOLD
+    return f"Another threshold: ptee evaluate {quoted(out)} --threshold {other:g}"
 
 
 def what_happened(results: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ptee._common.errors import RunError
 from ptee._common.files import from_json, plain
-from ptee._common.text import number_of
 from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
@@ -147,10 +146,11 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
 def _other_data(written: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     """In what the data differ from those that a training began with; their hashes would tell nobody."""
     then, now = (str(of.get("data")).partition(" long") for of in (written, training))
-    if then[0].isdecimal() and then[0] != now[0]:
-        more = int(now[0]) - int(then[0])
-        return f"{number_of(abs(more), 'training image')} {'more' if more > 0 else 'fewer'} now"
-    return "images of other content now" if then == now else "files with other names now, or others in their place"
+    if then[0] != now[0]:
+        return f"it was {then[0]} long and is {now[0]} long now"
+    if then == now:
+        return "images or labels of other content now, or in another order"
+    return "files with other names now, or others in their place"
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], epochs: list[Epoch]) -> Checkpoint:

@@ -29,7 +29,6 @@ from ptee._common.process import (
     no_stdout,
     no_warnings,
     own_random_numbers,
-    say,
 )
 from ptee.analysis.arithmetic import exact_arithmetic, same_each_time
 from ptee.backbones.library import building
@@ -185,11 +184,6 @@ def test_standard_output_that_is_redirected_meanwhile_is_restored():
     outer.close()
     inner.close()
     assert sys.stdout is before
-
-
-def test_a_message_of_several_lines_is_said_in_one_and_blanks_in_a_path_stay(capsys):
-    assert say("a  b.pth is\n   no\tfile.\r\n", 2) == 2
-    assert capsys.readouterr().err == "a  b.pth is no file.\n"
 
 
 def test_a_program_without_standard_output_can_build_networks(monkeypatch):

@@ -368,9 +368,9 @@ def test_position_embeddings_of_another_image_size_are_refused_and_not_stretched
         load_backbone("test_vit", weights=tmp_path / "w.safetensors", input_size=(3, 160, 160))
 
 
-def test_weights_that_deepspeed_keeps_elsewhere_are_refused_by_their_shapes(tmp_path):
+def test_weights_that_deepspeed_keeps_elsewhere_are_called_so(tmp_path):
     torch.save({"module": {name: torch.empty(0) for name in Tiny().state_dict()}}, tmp_path / "w.pth")
-    with pytest.raises(BackboneError, match=r"has other shapes: conv\.weight \(0,\), not"):
+    with pytest.raises(BackboneError, match=r"holds no numbers in conv\.weight.*zero_to_fp32\.py"):
         load_weights(Tiny(), read_checkpoint(tmp_path / "w.pth"))
 
 

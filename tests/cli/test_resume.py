@@ -36,7 +36,7 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
     without = ("augment", *source, *SHORT, "--set", "calibration_share=0.4", "--epochs", 3)
     assert_refused(
         run(*without, "--out", "broken", "--resume"),
-        "belongs to a training on other data .[0-9]+ training images fewer now.*--overwrite in place of --resume, or another --out",
+        "belongs to a training on other data .it was [0-9]+ long and is [0-9]+ long now.*--overwrite in place of --resume, or another --out",
     )
     done = run(*words, "--out", "broken", "--resume")
     assert done.status == 0, done
@@ -175,7 +175,7 @@ def test_a_resumption_is_refused_where_any_picture_of_the_training_was_replaced_
         done = run(*words, "--resume", "--out", shutil.copytree("out", f"out{number}"))
         picture.write_bytes(before)  # at another time
         if done.status:
-            assert_refused(done, "belongs to a training on other data .images of other content now")
+            assert_refused(done, "belongs to a training on other data .images or labels of other content now")
             refused += 1
     assert refused == 11  # of 12: one was drawn for calibration
     assert run(*words, "--resume", "--out", "out").status == 0

@@ -10,6 +10,7 @@ from command import RANDOM, assert_refused, read_json
 from killed import command_killed_at
 from shards import shard
 
+import ptee
 from ptee.scale import trace as scale_trace
 
 AGAIN = (
@@ -125,13 +126,18 @@ def test_a_folder_without_traces_says_how_to_make_some(run, finished, elsewhere)
 def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
     done = run("cache", finished, "--data", source, "--out", "cache")
     assert done.status == 0, done.err
-    assert done.out.splitlines() == [
+    *told, train = done.out.splitlines()
+    assert told == [
         "What the heads read of about 40 images takes about 1 MiB.",
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in cache. All of them have labels.",
         f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
-        "Train on it in Python: model = ptee.load('out'); ptee.train(model, ptee.open_cache('cache')); model.save_pretrained('trained')",
     ]
+    assert train.startswith(
+        "Train on it in Python, and choose thresholds afterwards (ptee tune trained): model = ptee.load('out')"
+    )
+    exec(train.partition("): ")[2], {"ptee": ptee})
+    assert ptee.load("trained").off == ()
     assert_refused(
         run("cache", finished, "--data", source, "--out", "small", "--limit", 0.000001), "--limit|are allowed"
     )
