@@ -57,6 +57,7 @@ def calibrated(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) ->
 
 
 def tuned(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    data = TensorDataset(images_of(data), model.bare(images_of(data)).argmax(-1))
     return [ptee.tune(model, data, **limit).to_dict() for limit in ({"max_drop": 0.1}, {"max_cost": 1.5})]
 
 
