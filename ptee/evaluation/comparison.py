@@ -30,6 +30,7 @@ from ptee.data.batches import batches, same_images
 from ptee.data.recorded import recorded
 from ptee.evaluation.comparison_lines import LINES, WITHOUT_LOGITS, checked_lines, ways
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
+from ptee.evaluation.results import doubted
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
 from ptee.exits.front import Prepare, require_same_question
@@ -128,7 +129,7 @@ def compare(
         samples=pair.report.answers.shape[1],
         accuracy=pair.report.score_at(pair.report.exits).accuracy,
         about=about,
-        note=pair.calibration.note or pair.report.note,
+        note=next(filter(None, (_note(first, traces) for traces in pair)), ""),
         unit=unit,
         for_fidelity=tuple(name for name, model in models.items() if model.for_fidelity),
     )
@@ -231,6 +232,11 @@ def _labelled_alike(traces: Iterable[Traces]) -> Pair:
     """Traces of both parts. Labels are used only if both parts have them."""
     pair = Pair(*traces)
     return pair if all(t.targets is not None for t in pair) else Pair(*(replace(t, targets=None) for t in pair))
+
+
+def _note(model: EarlyExitModel, traces: Traces) -> str:
+    """Why there is no accuracy of these images though there are labels, or why it says nothing, in a sentence; else empty."""
+    return traces.note or doubted(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1])
 
 
 def _logits(

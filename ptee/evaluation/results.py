@@ -89,7 +89,7 @@ def evaluate(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
             asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, by_time=_by_time(view), spread=differ,
-            confidence=view.confidence, answers=view.answers, doubt=_doubt(model, rows[0].accuracy, traces.answers.shape[1]),
+            confidence=view.confidence, answers=view.answers, doubt=doubted(model, rows[0].accuracy, traces.answers.shape[1]),
         )  # fmt: skip
     finally:
         model.to(home).train(was_training)
@@ -105,8 +105,8 @@ def about_speed(model: EarlyExitModel, seconds: float = SPEED_SECONDS) -> str:
     )
 
 
-def _doubt(model: EarlyExitModel, right: float | None, n: int) -> str:
-    """A sentence, if a trained backbone that did not learn here is near chance under the labels."""
+def doubted(model: EarlyExitModel, right: float | None, n: int) -> str:
+    """A sentence, if a trained backbone that did not learn here is near chance under the labels of n images."""
     if (
         right is None
         or model.origin.learnt
@@ -114,7 +114,7 @@ def _doubt(model: EarlyExitModel, right: float | None, n: int) -> str:
         or not (words := near_chance(right, n, model.num_classes))
     ):
         return ""
-    return f"{words}: check that the labels are its class numbers. No accuracy above says anything until they are."
+    return f"{words}: check that the labels are its class numbers. No accuracy here says anything until they are."
 
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:

@@ -176,6 +176,18 @@ def test_unless_both_parts_have_labels_every_drop_is_one_of_fidelity(parts):
     assert entry.drop == pytest.approx(other.double().mean().item())
 
 
+@pytest.mark.parametrize("wrong", [0, 1], ids=["calibration", "report"])
+def test_labels_that_are_numbered_otherwise_are_doubted_above_the_table(wrong):
+    parts = [images(1), images(2)]
+    x = parts[wrong].tensors[0]
+    parts[wrong] = TensorDataset(x, (network()(x).argmax(1) + 1) % K)
+    note = compare({"one": made()}, *parts, **OWN).note
+    assert re.match(
+        r"The backbone is right on 0\.0% of 80 images, .* No accuracy here says anything until they are\.$", note
+    )
+    assert compare({"one": made()}, images(1), images(2), **OWN).note == ""
+
+
 def test_labels_that_are_not_classes_are_ignored_and_the_table_says_so():
     x, y = images(2).tensors
     found = compare({"one": made(1)}, images(1), TensorDataset(x, y + K), **OWN)
