@@ -17,7 +17,7 @@ from PIL import Image
 from ptee.cli.main import main
 from ptee.model.run_config import fingerprint
 
-NETWORK = ("--model", "cifar_resnet20", "--input-size", "3,16,16")
+NETWORK = ("--model", "cifar_resnet8", "--input-size", "3,16,16")
 MODEL = (*NETWORK, "--exits", "layer1,layer2")
 RANDOM = (*MODEL, "--no-pretrained")
 BRIEF = ("--epochs", 2, "--batch-size", 8, "--set", "training.precision=no")

@@ -108,7 +108,7 @@ def labelled(n: int) -> tuple[Tensor, Tensor]:
 @once
 def chained(head: str | tuple[str, ...] = HEADS) -> ptee.EarlyExitModel:
     """A model for images of (3, 32, 32) whose last head builds on the one before."""
-    model = build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=head)
+    model = build(load_backbone("cifar_resnet8", pretrained=False), exits=EXITS, head=head)
     with torch.no_grad():
         model.heads[2].previous_weight.fill_(0.7)
     return model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, unknown
 
-DEPTHS = (20, 32, 44, 56, 110)
+DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
 SHORTCUTS = ("pad", "conv")  # He et al.'s options A and B
 
@@ -70,7 +70,9 @@ class CifarResNet(nn.Module):
             raise unknown("shortcut", shortcut, SHORTCUTS)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise BackboneError(f"A CIFAR ResNet has 6n+2 layers, not {depth}. Choose 20, 32, 44, 56, 110, or another.")
+            raise BackboneError(
+                f"A CIFAR ResNet has 6n+2 layers, not {depth}. Choose 8, 14, 20, 32, 44, 56, 110, or another."
+            )
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, WIDTHS[-1]
         self.head_hidden_size = self.num_features
         self.feature_info = [

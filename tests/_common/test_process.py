@@ -77,7 +77,7 @@ def test_threads_that_load_build_and_augment_at_once_leave_the_process_as_it_was
     x, before = labelled(4)[0], state()
 
     def by_name() -> object:
-        net = load_backbone("cifar_resnet20", pretrained=False).module
+        net = load_backbone("cifar_resnet8", pretrained=False).module
         return ptee.augment(net, exits=["layer1", "layer2"], input_size=(3, 32, 32)).predict(torch.randn(2, 3, 32, 32))
 
     def own() -> object:
@@ -188,7 +188,7 @@ def test_standard_output_that_is_redirected_meanwhile_is_restored():
 
 def test_a_program_without_standard_output_can_build_networks(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    load_backbone("cifar_resnet20", pretrained=False)
+    load_backbone("cifar_resnet8", pretrained=False)
     assert sys.stdout is None
 
 
@@ -218,7 +218,7 @@ def test_a_model_can_be_made_while_another_thread_trains():
 
     def make() -> bool:
         assert inside.wait(60)
-        load_backbone("cifar_resnet20", pretrained=False)
+        load_backbone("cifar_resnet8", pretrained=False)
         ptee.augment(made().detach(), exits=["0"], head="conv1", input_size=SIZE)
         done.set()
         return True

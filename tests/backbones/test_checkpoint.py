@@ -277,9 +277,9 @@ def test_tensors_without_plain_numbers_are_no_weights(tensor, tmp_path):
 
 
 def test_a_network_much_larger_than_its_file_is_refused_before_it_is_built(tmp_path):
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), tmp_path / "w.safetensors")
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(BackboneError, match=r"has 10 classes.*the model has 1000000"):
-        load_backbone("cifar_resnet20", weights=tmp_path / "w.safetensors", num_classes=10**6)
+        load_backbone("cifar_resnet8", weights=tmp_path / "w.safetensors", num_classes=10**6)
 
 
 def test_a_constructor_that_needs_numbers_is_not_asked_for_more_classes_than_the_file_can_have(tmp_path):
@@ -295,7 +295,7 @@ def test_a_constructor_that_needs_numbers_is_not_asked_for_more_classes_than_the
         ("test_vit", {"model_args": {"img_size": 10**6}}),
         ("test_vit", {"model_args": {"img_size": [9]}}),
         ("test_vit", {"model_args": {"img_size": "large"}}),
-        ("cifar_resnet20", {"input_size": (3, 20000, 20000)}),
+        ("cifar_resnet8", {"input_size": (3, 20000, 20000)}),
     ],
 )
 def test_images_of_no_possible_size_are_refused_before_anything_is_built(name, given):

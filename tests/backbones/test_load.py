@@ -116,7 +116,7 @@ def test_an_unknown_tag_lists_the_tags_that_there_are():
     [
         ("resnet18", 224, MEAN, "bicubic"),
         ("mobilenetv2_100", 224, MEAN, "bicubic"),
-        ("cifar_resnet20", 32, MEAN, "bicubic"),
+        ("cifar_resnet8", 32, MEAN, "bicubic"),
         ("torchvision/resnet18", 224, MEAN, "bilinear"),
         ("torchvision/efficientnet_b1", 240, MEAN, "bilinear"),
     ],
@@ -131,11 +131,11 @@ def test_random_weights_follow_the_callers_seed():
     hashes = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        hashes.append(weights_hash(load_backbone("cifar_resnet20", pretrained=False).module))
+        hashes.append(weights_hash(load_backbone("cifar_resnet8", pretrained=False).module))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18", "cifar_resnet20"])
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18", "cifar_resnet8"])
 def test_a_network_of_other_classes_and_size_when_its_weights_are_random(name):
     backbone = load_backbone(name, pretrained=False, num_classes=7, input_size=(3, 48, 40))
     assert (backbone.num_classes, backbone.input.input_size, backbone.label_space) == (7, (3, 48, 40), None)
@@ -163,7 +163,7 @@ def test_the_size_follows_from_the_models_own_arguments(size):
     [
         ("resnet18", {"no_such": 1}, "no_such=1.*unexpected keyword argument 'no_such'"),
         ("torchvision/resnet18", {"no_such": 1}, "no_such=1.*unexpected keyword argument 'no_such'"),
-        ("cifar_resnet20", {"depth": 21}, "depth=21"),
+        ("cifar_resnet8", {"depth": 21}, "depth=21"),
         ("resnet18", {"checkpoint_path": "x.pth"}, "checkpoint_path is not an argument"),
         ("resnet18", {"pretrained_cfg": "a1_in1k"}, "pretrained_cfg is not an argument"),
         ("resnet18", {"num_classes": 3}, "num_classes is not an argument.*Use weights=, num_classes="),
@@ -207,7 +207,7 @@ def test_a_number_of_classes_that_no_classifier_has_is_refused_before_any_work(n
     monkeypatch.setattr(load, "_load", lambda *_: pytest.fail("the model was built"))
     said = r"^A classifier has 2 to 1,000,000 classes, not .*\. Give another num_classes="
     with pytest.raises(BackboneError, match=said) as refusal:
-        load_backbone("cifar_resnet20", pretrained=False, num_classes=num_classes)
+        load_backbone("cifar_resnet8", pretrained=False, num_classes=num_classes)
     assert refusal.value.argument == "num_classes"
     assert refusal.value.value is num_classes
 
@@ -244,7 +244,7 @@ def test_a_pass_that_fails_is_told_in_one_line_and_leaves_the_module_as_it_was()
 def test_a_timm_module_brings_its_own_input():
     import ptee.backbones.cifar_resnet  # noqa: F401 - registers them
 
-    backbone = load_backbone(timm.create_model("cifar_resnet20"))
+    backbone = load_backbone(timm.create_model("cifar_resnet8"))
     assert (backbone.input.input_size, backbone.num_classes, backbone.label_space) == ((3, 32, 32), 10, None)
     assert load_backbone(timm.create_model("test_resnet")).label_space == "imagenet-1k"
 
@@ -367,12 +367,12 @@ FRONT = {"model": "front", "weights": "w", "input_size": "size"}
 @pytest.mark.parametrize(
     ("names", "given", "said", "argument"),
     [
-        (FRONT, {"model": "cifar_resnet20", "weights": "x.pth"}, r"no weights file x\.pth", "w"),
-        (FRONT, {"model": "cifar_resnet20"}, r"Give another front=, or a file of its weights: w=FILE\.$", "front"),
+        (FRONT, {"model": "cifar_resnet8", "weights": "x.pth"}, r"no weights file x\.pth", "w"),
+        (FRONT, {"model": "cifar_resnet8"}, r"Give another front=, or a file of its weights: w=FILE\.$", "front"),
         (FRONT, {"model": Tiny(), "input_size": (4, 32, 32)}, r"Give the size .*, size=\(c, h, w\)", None),
         (
             {"weights": "static=tiny"},
-            {"model": "cifar_resnet20"},
+            {"model": "cifar_resnet8"},
             r"Give a file of its weights: static=tiny=FILE\.$",
             None,
         ),

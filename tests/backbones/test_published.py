@@ -141,5 +141,5 @@ def test_auto_timm_puts_that_network_in_front(monkeypatch):
 
 def test_a_network_for_small_images_is_said_to_be_none_of_imagenet_and_no_other_is_suggested():
     with pytest.raises(PteeError, match="networks for ImageNet, and this one is for small images") as refusal:
-        advise("cifar_resnet20")
+        advise("cifar_resnet8")
     assert "Did you mean" not in str(refusal.value)

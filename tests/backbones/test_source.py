@@ -18,8 +18,8 @@ from ptee.backbones.load import load_backbone, rebuild
 def record(tmp_path_factory) -> dict:
     """The record of a network whose weights are in a file."""
     file = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), file)
-    return load_backbone("cifar_resnet20", weights=file).source
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), file)
+    return load_backbone("cifar_resnet8", weights=file).source
 
 
 PRETRAINED = {"tag": None, "hub": None, "revision": None}
@@ -30,7 +30,7 @@ PRETRAINED = {"tag": None, "hub": None, "revision": None}
     [
         {"library": "os"},
         {"library": ["timm"]},
-        {"library": "torchvision"},  # which has no cifar_resnet20
+        {"library": "torchvision"},  # which has no cifar_resnet8
         {"name": 3},
         {"name": "no_such_network"},
         {"name": "../resnet18"},

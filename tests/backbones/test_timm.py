@@ -34,10 +34,10 @@ def test_timms_weights_come_from_the_hub_and_the_record_names_tag_and_commit(hub
 
 
 def test_a_hub_repository_brings_its_architecture_classes_and_input(hub):
-    trained = timm.create_model("cifar_resnet20", num_classes=6)
+    trained = timm.create_model("cifar_resnet8", num_classes=6)
     cfg = {"input_size": [3, 32, 32], "mean": HALF, "std": HALF, "num_classes": 6, "classifier": "fc"}
     cfg |= {"first_conv": "conv1", "interpolation": "bilinear"}
-    config = {"architecture": "cifar_resnet20", "num_classes": 6, "pretrained_cfg": cfg}
+    config = {"architecture": "cifar_resnet8", "num_classes": 6, "pretrained_cfg": cfg}
     hub("someone/six", trained.state_dict(), config)
     backbone = load_backbone("hf-hub:someone/six")
     assert weights_hash(backbone.module) == weights_hash(trained)
@@ -53,7 +53,7 @@ def test_weights_on_the_hub_that_would_run_code_are_refused_and_the_code_not_run
     hub, tmp_path, monkeypatch, environment
 ):
     cfg = {"num_classes": 6, "classifier": "fc", "first_conv": "conv1", "hf_hub_filename": "hostile.bin"}
-    hub("someone/six", {}, {"architecture": "cifar_resnet20", "num_classes": 6, "pretrained_cfg": cfg})
+    hub("someone/six", {}, {"architecture": "cifar_resnet8", "num_classes": 6, "pretrained_cfg": cfg})
     file = tmp_path / "hub" / "models--someone--six" / "snapshots" / COMMIT / "hostile.bin"
     torch.save({"fc.bias": RunsCodeWhenUnpickled(tmp_path / "harm")}, file)
     # as timm did before 1.0.26

@@ -136,7 +136,7 @@ def test_weights_that_would_run_code_are_refused_and_the_code_not_run(tmp_path, 
     torch.save(hostile, file, _use_new_zipfile_serialization=not legacy)
     said = r"hostile\.pth (holds more than weights .*mkdir|cannot be read).*run code"
     with pytest.raises(BackboneError, match=said) as refusal:
-        load_backbone("cifar_resnet20", weights=file)
+        load_backbone("cifar_resnet8", weights=file)
     one_line(refusal)
     assert not (tmp_path / "harm").exists()
 
@@ -161,7 +161,7 @@ def test_a_corrupt_file_is_refused_by_name(tmp_path, suffix, spoil):
     (save_file if suffix == ".safetensors" else torch.save)(Tiny().state_dict(), file)
     spoil(file)
     with pytest.raises(BackboneError, match=rf"corrupt\{suffix} cannot be read") as refusal:
-        load_backbone("cifar_resnet20", weights=file)
+        load_backbone("cifar_resnet8", weights=file)
     one_line(refusal)
 
 
@@ -185,8 +185,8 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path, file):
 
 
 def test_weights_of_another_number_of_classes_load_if_that_is_given(tmp_path):
-    save_file(timm.create_model("cifar_resnet20", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
-    backbone = load_backbone("cifar_resnet20", weights=tmp_path / "seven.safetensors", num_classes=7)
+    save_file(timm.create_model("cifar_resnet8", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
+    backbone = load_backbone("cifar_resnet8", weights=tmp_path / "seven.safetensors", num_classes=7)
     assert backbone.num_classes == rebuild(backbone.source).num_classes == 7
 
 

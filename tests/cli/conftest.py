@@ -49,7 +49,7 @@ def things(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("things")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), place / "weights.safetensors")
+        save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), place / "weights.safetensors")
         pictures(place / "ten", TEN, 3)
         pictures(place / "many", TEN, 10)
         for part in ("train", "val"):

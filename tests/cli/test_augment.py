@@ -41,7 +41,7 @@ def test_augment_leaves_a_run_that_says_what_was_measured(run, known):
 
 def test_the_saved_model_is_the_one_that_was_trained(finished, things):
     model = ptee.load(finished)
-    backbone = load_backbone("cifar_resnet20", weights=things / "weights.safetensors").module
+    backbone = load_backbone("cifar_resnet8", weights=things / "weights.safetensors").module
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(model.predict(x, 2).logits, backbone(x))
@@ -266,7 +266,7 @@ def test_what_needs_a_model_is_refused_without_one(option, run):
 
 def test_without_out_the_run_is_called_after_its_model(run, known):
     assert run("augment", *known, *SHORT).status == 0
-    assert Path("runs", "cifar_resnet20", "config.json").is_file()
+    assert Path("runs", "cifar_resnet8", "config.json").is_file()
 
 
 @pytest.mark.parametrize("folder", ["out", "deep/er/out"])

@@ -28,7 +28,7 @@ def test_the_default_lines_of_the_command_are_those_of_python():
 def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, things):
     shutil.copytree(finished, "twin")
     before = files(finished)
-    static = ("--static", f"cifar_resnet20={things / 'weights.safetensors'}")
+    static = ("--static", f"cifar_resnet8={things / 'weights.safetensors'}")
     done = run("compare", finished, "twin", *static, "--drops", "0,0.5", "--json")
     assert done.status == 0, done
     assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.err
@@ -36,7 +36,7 @@ def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, thi
     lines = {each["name"]: each["entries"] for each in found["lines"]}
     assert lines["out"] == lines["twin"]
     assert [each["allowed"] for each in lines["out"]] == [0, 0.5]
-    assert len(lines["cifar_resnet20"]) == 1
+    assert len(lines["cifar_resnet8"]) == 1
     assert len(found["verdict"]) == 2
     assert files(finished) == before
 
@@ -97,7 +97,7 @@ def test_a_run_of_heads_that_read_earlier_answers_is_compared_by_the_lines_that_
 
 def test_runs_of_another_backbone_are_not_compared(run, finished, things):
     torch.manual_seed(1)
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), "other.safetensors")
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), "other.safetensors")
     other = (*MODEL, "--weights", "other.safetensors", "--data", things / "ten", *SHORT)
     assert run("augment", *other, "--seed", 3, "--out", "other").status == 0
     assert_refused(run("compare", finished, "other"), "other has another backbone")
@@ -117,7 +117,7 @@ REFUSED = {
     "a drop that is no fraction": (["--drops", "0.01,2"], r"--drops 2\.0 must be below 1\. Did you mean 0\.02\?"),
     "drops in percent": (["--drops", "0,1%"], r"such as 0,0\.01\. Did you mean 0,0\.01\?"),
     "an unknown network": (["--static", "resnet81=x"], "'resnet81'.*Did you mean"),
-    "a network without weights": (["--static", "cifar_resnet20"], "--static cifar_resnet20=FILE"),
+    "a network without weights": (["--static", "cifar_resnet8"], "--static cifar_resnet8=FILE"),
     "no run": (["EMPTY"], "config.json"),
 }
 
@@ -150,7 +150,7 @@ def test_a_run_is_called_like_its_folder_from_within_as_well(tmp_path, monkeypat
     ("texts", "words"),
     [
         (["cifar_resnet21"], "Unknown model 'cifar_resnet21'. Did you mean"),
-        (["cifar_resnet20=none.safetensors"], "none.safetensors"),
+        (["cifar_resnet8=none.safetensors"], "none.safetensors"),
     ],
     ids=str,
 )

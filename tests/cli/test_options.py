@@ -148,7 +148,7 @@ def test_without_a_name_the_default_recipe_is_printed(run):
 
 def test_plan_takes_a_recipe_from_a_file_and_options_that_change_it(run, elsewhere):
     (elsewhere / "mine.yaml").write_text("exits: {places: [layer1, layer2], head: conv1}\n")
-    words = ("plan", "--model", "cifar_resnet20", "--no-pretrained", "--recipe", "mine.yaml", "--json")
+    words = ("plan", "--model", "cifar_resnet8", "--no-pretrained", "--recipe", "mine.yaml", "--json")
     assert [row["head"] for row in json.loads(run(*words).out)["exits"]] == ["conv1", "conv1"]
     assert [row["head"] for row in json.loads(run(*words, "--head", "pool").out)["exits"]] == ["pool", "pool"]
 
@@ -230,7 +230,7 @@ def test_what_the_command_says_to_type_can_be_typed():
 def test_plan_and_bench_take_every_option_that_they_have(command, run, elsewhere):
     (elsewhere / "mine.yaml").write_text("exits: {head: pool}\n")
     values = {
-        "--model": "cifar_resnet20", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
+        "--model": "cifar_resnet8", "--weights": None, "--num-classes": 4, "--model-arg": "in_chans=1", "--input-size": "1,16,16",
         "--recipe": "mine.yaml", "--set": "exits.places_by=operations", "--exits": "linear", "--num-exits": 2,
         "--head": "auto", "--head-budget": 0.1, "--front": None, "--front-weights": None, "--batch-sizes": 1, "--rounds": 3,
         "--threads": 1, "--device": "cpu", "--cost": "time", "--at-batch": 1, "--images": None,

@@ -21,7 +21,7 @@ def test_plan_prints_a_line_for_each_exit_and_writes_nothing(run, elsewhere):
 
 def test_plan_as_json_is_all_there_is_on_standard_output(run):
     done = run("plan", *RANDOM, "--head", "conv1", "--json")
-    network = load_backbone("cifar_resnet20", pretrained=False, input_size=(3, 16, 16)).module
+    network = load_backbone("cifar_resnet8", pretrained=False, input_size=(3, 16, 16)).module
     want = ptee.plan(network, exits=["layer1", "layer2"], head="conv1", input_size=(3, 16, 16))
     assert json.loads(done.out)["exits"] == json.loads(json.dumps(want.to_dict()))["exits"]
 
@@ -49,7 +49,7 @@ def test_an_input_size_is_one_number_or_three(size, want, run):
 
 
 def test_arguments_of_the_model_are_read_as_numbers(run):
-    words = ("--model", "cifar_resnet20", "--no-pretrained", "--model-arg", "in_chans=4", "--input-size", "4,16,16")
+    words = ("--model", "cifar_resnet8", "--no-pretrained", "--model-arg", "in_chans=4", "--input-size", "4,16,16")
     assert json.loads(run("plan", *words, "--json").out)["input_size"][0] == 4
 
 
@@ -76,7 +76,7 @@ REFUSED = {
     "an unknown placement": ([*RANDOM, "--exits", "paretto"], "paretto.*Did you mean 'pareto'"),
     "neither placement nor module": (
         [*RANDOM, "--exits", "nonsense"],
-        r"among them pareto, fine, golden, linear, quadratic, layer1\.0, layer1\.1, layer1\.2, layer1, ",
+        r"among them pareto, fine, golden, linear, quadratic, layer1\.0, layer1, ",
     ),
     "an unknown module": ([*RANDOM, "--exits", "layer1,layer9"], "layer9"),
     "a fraction beyond the end": ([*RANDOM, "--exits", "0.5,1.5"], "1.5"),

@@ -31,7 +31,7 @@ def traced(run, finished, source) -> Path:
     assert done.out.splitlines() == [
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in traces. All of them have labels.",
-        f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
+        f"The backbone is right on 12.5% of 40 images, and would be on 10.0% by chance: {AGAIN}",
         f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01, or --max-fidelity-drop 0.01, which "
         "needs no labels",
     ]
@@ -110,7 +110,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(words, said, run, finished
     [
         (("tune", "--max-cost", 0.9, "--data", "a.tar"), "--data is about images"),
         (("compare", "--html", "x.html"), "--html shows images"),
-        (("compare", "--static", "cifar_resnet20"), "needs the images|cannot|weights"),
+        (("compare", "--static", "cifar_resnet8"), "needs the images|cannot|weights"),
     ],
 )
 def test_options_about_images_do_not_go_with_traces(words, said, run, finished, traced):
@@ -131,7 +131,7 @@ def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
         "What the heads read of about 40 images takes about 1 MiB.",
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in cache. All of them have labels.",
-        f"The backbone is right on 10.0% of 40 images, and would be on 10.0% by chance: {AGAIN}",
+        f"The backbone is right on 12.5% of 40 images, and would be on 10.0% by chance: {AGAIN}",
     ]
     assert train.startswith(
         "Train on it in Python, and choose thresholds afterwards (ptee tune trained): model = ptee.load('out')"

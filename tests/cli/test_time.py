@@ -134,7 +134,7 @@ def test_if_no_exit_is_fast_enough_all_are_off(run, timed):
 
 def test_a_comparison_by_time_says_its_unit_and_times_smaller_networks_too(run, timed, things):
     words = ("compare", timed, *ON_CPU, "--cost", "time", "--at-batch", 2, "--drops", 0.5)
-    static = ("--static", f"cifar_resnet20={things / 'weights.safetensors'}")
+    static = ("--static", f"cifar_resnet8={things / 'weights.safetensors'}")
     done = run(*words, *static, "--lines", "own,truncation,oracle")
     assert done.status == 0, done.err
     assert "cost: share of the bare backbone's time (hooks, batch 2, cpu)" in done.out

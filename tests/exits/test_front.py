@@ -46,7 +46,7 @@ def early() -> ptee.EarlyExitModel:
 
 def behind(front: nn.Module, **wish) -> ptee.EarlyExitModel:
     wish = {"exits": ["layer1.0", "layer3.0"], "head": ["res-8x1-16x1+", "conv1"]} | wish
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     model = build(backbone, front=named_front(front, backbone, mean=(0.5,), std=(0.5,)), **wish)
     with torch.no_grad():
         for head in model.heads:
@@ -77,7 +77,7 @@ def test_the_front_network_is_the_first_exit_and_costs_what_it_costs(model):
 def test_who_leaves_there_gets_the_answer_of_the_front_network(x):
     front = Small()
     model = behind(front)
-    own = load_backbone("cifar_resnet20", pretrained=False).input
+    own = load_backbone("cifar_resnet8", pretrained=False).input
     mean, std = (torch.tensor(v)[:, None, None] for v in (own.mean, own.std))
     as_it_takes_them = ((x * std + mean) - 0.5) / 0.5
     out = model.predict(x, 0)
@@ -131,7 +131,7 @@ def test_training_leaves_every_byte_of_it_as_it_was(x):
 
 
 def test_a_head_that_learns_may_stand_at_the_input(x):
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     model = build(backbone, exits=["input", "layer2.0"], head="auto", head_budget=[0.3, 0.1])
     assert [e.name for e in model.exits] == ["input", "layer2.0"]
     assert 0.1 < model.exits[0].head_cost <= 0.31
@@ -140,7 +140,7 @@ def test_a_head_that_learns_may_stand_at_the_input(x):
 
 def test_images_are_resized_for_a_network_of_another_size(x):
     torch.manual_seed(0)
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     small = load_backbone("test_resnet", pretrained=False, num_classes=K, input_size=(3, 64, 64))
     model = build(backbone, exits=["layer1.0"], front=FrontHead(small, backbone.input, K))
     assert model.predict(x, 0).logits.shape == (len(x), K)
@@ -199,9 +199,9 @@ def test_the_models_end_gives_the_front_network_back_too():
 def test_a_saved_run_brings_the_front_network_with_it(tmp_path, x):
     torch.manual_seed(0)
     weights = tmp_path / "front.safetensors"
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
     backbone = load_backbone("cifar_resnet32", pretrained=False).module
-    model = ptee.augment(backbone, front="cifar_resnet20", front_weights=weights, exits=["layer2.0"], input_size=SIZE)
+    model = ptee.augment(backbone, front="cifar_resnet8", front_weights=weights, exits=["layer2.0"], input_size=SIZE)
     model.save_pretrained(tmp_path / "run")
     expected = model.all_exits(x).logits
     weights.unlink()
@@ -214,9 +214,9 @@ def test_a_front_network_of_other_shapes_than_were_saved_is_refused_before_it_ta
     change, tmp_path, monkeypatch
 ):
     weights = tmp_path / "front.safetensors"
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
     backbone = load_backbone("cifar_resnet32", pretrained=False).module
-    model = ptee.augment(backbone, front="cifar_resnet20", front_weights=weights, exits=["layer2.0"], input_size=SIZE)
+    model = ptee.augment(backbone, front="cifar_resnet8", front_weights=weights, exits=["layer2.0"], input_size=SIZE)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["front"]["source"] |= change
@@ -265,11 +265,11 @@ def test_a_network_that_answers_something_else_is_refused(front, said):
     channels = front.conv.in_channels
     network = load_backbone(front, input_size=(channels, 32, 32))
     with pytest.raises(PteeError, match=said):
-        FrontHead(network, load_backbone("cifar_resnet20", pretrained=False).input, K)
+        FrontHead(network, load_backbone("cifar_resnet8", pretrained=False).input, K)
 
 
 def test_a_front_network_by_name_has_the_backbones_classes():
-    backbone = load_backbone("cifar_resnet20", pretrained=False, num_classes=7)
+    backbone = load_backbone("cifar_resnet8", pretrained=False, num_classes=7)
     head = named_front("test_resnet", backbone, pretrained=False)
     assert isinstance(head, FrontHead)
     assert head.num_classes == 7
@@ -280,41 +280,41 @@ def test_a_front_network_by_name_has_the_backbones_classes():
 )
 def test_what_is_wrong_with_its_options_is_said_of_its_own(wish):
     (option,) = wish
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     with pytest.raises(PteeError, match=r"^The front network: ") as said:
-        named_front("cifar_resnet20", backbone, pretrained=False, **wish)
+        named_front("cifar_resnet8", backbone, pretrained=False, **wish)
     assert f" {option}=" not in str(said.value)
 
 
 @pytest.mark.parametrize("front", [None, "auto"])
 def test_weights_of_no_front_network_are_refused(front):
     with pytest.raises(PteeError, match="Weights, mean and std of a front network are given, but no such network"):
-        ptee.augment("cifar_resnet20", pretrained=False, front=front, front_weights="w.safetensors")
+        ptee.augment("cifar_resnet8", pretrained=False, front=front, front_weights="w.safetensors")
 
 
 def test_only_options_that_it_has_are_named(tmp_path):
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     with pytest.raises(PteeError, match=r"no pretrained weights.*front_weights=FILE\.$"):
-        named_front("cifar_resnet20", backbone)
+        named_front("cifar_resnet8", backbone)
     save_file(
-        load_backbone("cifar_resnet20", pretrained=False, num_classes=7).module.state_dict(), tmp_path / "w.safetensors"
+        load_backbone("cifar_resnet8", pretrained=False, num_classes=7).module.state_dict(), tmp_path / "w.safetensors"
     )
     with pytest.raises(
         PteeError,
         match=r"has 7 classes .*the model has 10\. Give another front=, or a file of its weights: front_weights=FILE\.$",
     ) as said:
-        named_front("cifar_resnet20", backbone, weights=tmp_path / "w.safetensors")
+        named_front("cifar_resnet8", backbone, weights=tmp_path / "w.safetensors")
     assert "num_classes=" not in str(said.value)
 
 
 def test_a_front_network_for_huge_images_is_refused():
-    images = load_backbone("cifar_resnet20", pretrained=False).input
+    images = load_backbone("cifar_resnet8", pretrained=False).input
     with pytest.raises(PteeError, match="4096 x 32 pixels; the sides may have 2048 at most"):
         FrontHead(load_backbone(Small(), input_size=(3, 4096, 32)), images, K)
 
 
 def test_a_run_that_has_none_takes_none(tmp_path):
-    model = ptee.augment("cifar_resnet20", pretrained=False, exits=["layer1.0"])
+    model = ptee.augment("cifar_resnet8", pretrained=False, exits=["layer1.0"])
     model.save_pretrained(tmp_path)
     with pytest.raises(RunError, match="has no front network, but one is given"):
         ptee.load(tmp_path, model.detach(), front=Small())
@@ -322,7 +322,7 @@ def test_a_run_that_has_none_takes_none(tmp_path):
 
 @pytest.mark.parametrize("head", ["pool", "conv1"])
 def test_a_learned_front_is_learned_whatever_the_other_heads_are(head):
-    plan = ptee.plan("cifar_resnet20", pretrained=False, exits=["layer1.0"], head=head, front="auto", head_budget=0.3)
+    plan = ptee.plan("cifar_resnet8", pretrained=False, exits=["layer1.0"], head=head, front="auto", head_budget=0.3)
     assert plan.exits[0].head.startswith("res-")
     assert plan.exits[1].head == head
 
@@ -348,12 +348,12 @@ def test_the_input_stands_before_what_a_rule_places():
 )
 def test_numbers_and_words_that_do_not_go_with_the_input_are_refused(exits, num_exits, said):
     with pytest.raises(CutError, match=said):
-        ptee.plan("cifar_resnet20", pretrained=False, exits=exits, num_exits=num_exits)
+        ptee.plan("cifar_resnet8", pretrained=False, exits=exits, num_exits=num_exits)
 
 
 @pytest.mark.parametrize(("second", "cheapest"), [("pool", 1), ("res-8x1s4+", 0)], ids=["alone", "reads the first"])
 def test_the_least_cost_is_that_of_one_exit_and_of_the_heads_that_it_needs(second, cheapest):
-    plan = ptee.plan("cifar_resnet20", pretrained=False, exits=["input", "layer1.0"], head=["res-64x2", second])
+    plan = ptee.plan("cifar_resnet8", pretrained=False, exits=["input", "layer1.0"], head=["res-64x2", second])
     first, later = plan.exits
     own = [first.head_cost, later.backbone_cost + later.head_cost]
     assert own[1] < own[0]
@@ -364,7 +364,7 @@ def test_the_least_cost_is_that_of_one_exit_and_of_the_heads_that_it_needs(secon
 
 
 def test_the_backbone_at_another_size_may_stand_in_front_of_itself(x):
-    net = load_backbone("cifar_resnet20", pretrained=False).module
+    net = load_backbone("cifar_resnet8", pretrained=False).module
     behind = load_backbone(net, input_size=SIZE)
     front = FrontHead(load_backbone(net, input_size=(3, 16, 16)), behind.input, K)
     model = build(behind, exits=["layer1.0", "layer3.0"], head="pool", front=front)
@@ -374,14 +374,14 @@ def test_the_backbone_at_another_size_may_stand_in_front_of_itself(x):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_it_works_in_the_backbones_number_type(dtype, x):
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     small = load_backbone(Small(), input_size=(3, 16, 16))
     model = build(backbone, exits=["layer1.0"], front=FrontHead(small, backbone.input, K)).to(dtype)
     assert model.predict(x.to(dtype), 0.0).logits.dtype == dtype
 
 
 def test_a_network_in_float64_is_counted_in_float64(x):
-    backbone = load_backbone(load_backbone("cifar_resnet20", pretrained=False).module.double(), input_size=SIZE)
+    backbone = load_backbone(load_backbone("cifar_resnet8", pretrained=False).module.double(), input_size=SIZE)
     model = build(
         backbone,
         exits=["layer1.0"],
@@ -413,7 +413,7 @@ class Overwriting(Small):
     ("network", "said"), [(Mixing, "influence one another"), (Overwriting, "overwrites the images")]
 )
 def test_a_network_that_could_change_other_answers_is_refused(network, said):
-    backbone, front = load_backbone("cifar_resnet20", pretrained=False), network()
+    backbone, front = load_backbone("cifar_resnet8", pretrained=False), network()
     before = as_it_was(front)
     with pytest.raises(PteeError, match=said):
         named_front(front, backbone)

@@ -154,12 +154,12 @@ def test_a_head_that_is_read_is_charged_also_where_nobody_leaves():
 )
 def test_heads_that_cannot_be_met_are_refused(wish, said):
     with pytest.raises(PteeError, match=said):
-        build(load_backbone("cifar_resnet20", pretrained=False), exits=["layer1.0", "layer2.0", "layer3.0"], **wish)
+        build(load_backbone("cifar_resnet8", pretrained=False), exits=["layer1.0", "layer2.0", "layer3.0"], **wish)
 
 
 def test_auto_heads_cost_what_each_may(model):
     model.detach()
-    backbone = load_backbone("cifar_resnet20", pretrained=False)
+    backbone = load_backbone("cifar_resnet8", pretrained=False)
     made = build(backbone, exits=["layer1.0", "layer2.0"], head="auto+", head_budget=[0.3, 0.1])
     first, second = made.exits
     assert 0.15 < first.head_cost <= 0.31

@@ -27,7 +27,7 @@ HEADS = {"heads alone": ("conv1",) * E, "heads that read earlier ones": ("conv1"
 @once
 def early(heads: tuple[str, ...] = HEADS["heads alone"]) -> ptee.EarlyExitModel:
     exits = ["layer1.0", "layer2.0", "layer3.0"]
-    return build(load_backbone("cifar_resnet20", pretrained=False), exits=exits, head=list(heads))
+    return build(load_backbone("cifar_resnet8", pretrained=False), exits=exits, head=list(heads))
 
 
 @pytest.fixture(params=HEADS)

@@ -106,7 +106,7 @@ def test_a_card_names_the_licence_that_the_library_knows(tmp_path):
 def test_a_card_gives_a_mean_only_if_somebody_gave_it_or_a_library_knows_it(known, tmp_path):
     model = made()
     if known:
-        model = ptee.augment("cifar_resnet20", exits=["layer1"], head="pool", pretrained=False)
+        model = ptee.augment("cifar_resnet8", exits=["layer1"], head="pool", pretrained=False)
     text = text_of(model, tmp_path)
     assert ("normalised by mean" in text) is known
     assert ("their mean and std are not recorded" in text) is not known

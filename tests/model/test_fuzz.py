@@ -74,9 +74,9 @@ def original(tmp_path) -> tuple[EarlyExitModel, Path]:
 def named(tmp_path) -> tuple[EarlyExitModel, Path]:
     """A model whose backbone and front network are built again from what config.json says."""
     weights = tmp_path / "weights.safetensors"
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
     model = ptee.augment(
-        "cifar_resnet20", weights=weights, front="cifar_resnet20", front_weights=weights, exits=["layer2"]
+        "cifar_resnet8", weights=weights, front="cifar_resnet8", front_weights=weights, exits=["layer2"]
     )
     model.results = {"rows": [], "samples": 3}
     model.save_pretrained(tmp_path / "run")

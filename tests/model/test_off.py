@@ -23,7 +23,7 @@ EXITS = ["layer1.0", "layer2.0", "layer3.0"]
 
 @once
 def early(head: str | tuple[str, ...] = "conv1") -> ptee.EarlyExitModel:
-    return build(load_backbone("cifar_resnet20", pretrained=False), exits=EXITS, head=head)
+    return build(load_backbone("cifar_resnet8", pretrained=False), exits=EXITS, head=head)
 
 
 @pytest.fixture

@@ -732,9 +732,9 @@ def test_a_head_of_ones_own_is_asked_for_where_it_is_not_registered(mine, tmp_pa
 def named(tmp_path) -> tuple[Path, Path]:
     """A run on a named backbone, and the file of that backbone's weights."""
     weights = tmp_path / "weights.safetensors"
-    load_backbone("cifar_resnet20", pretrained=False)  # registers the name with timm
-    safetensors.torch.save_file(timm.create_model("cifar_resnet20").state_dict(), weights)
-    model = ptee.augment("cifar_resnet20", weights=str(weights), exits=["layer1"])
+    load_backbone("cifar_resnet8", pretrained=False)  # registers the name with timm
+    safetensors.torch.save_file(timm.create_model("cifar_resnet8").state_dict(), weights)
+    model = ptee.augment("cifar_resnet8", weights=str(weights), exits=["layer1"])
     model.save_pretrained(tmp_path / "named")
     return tmp_path / "named", weights
 

@@ -69,13 +69,13 @@ def interrupted_after_an_epoch(monkeypatch: pytest.MonkeyPatch, said: str = "") 
 @pytest.mark.parametrize("recipe", ["ptee", *map(slow, ("eenet", "pteenet"))])
 def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
     weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), weights)
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
     targets = {} if recipe == "ptee" else {"targets": "pseudo"}
     words = ("--weights", weights, "--data", folder, "--recipe", recipe, *(("--targets", "pseudo") if targets else ()))
     words = (*words, "--head", "pool", "--no-speed", "--device", here(), "--out", tmp_path / "command")
     quietly("augment", *MODEL, *BRIEF, *words)
     source = {"weights": weights, "input_size": (3, 16, 16)}
-    data, _ = open_images(str(folder), load_backbone("cifar_resnet20", **source), seed=0)
+    data, _ = open_images(str(folder), load_backbone("cifar_resnet8", **source), seed=0)
     settings = {
         "exits": ["layer1", "layer2"],
         "head": "pool",
@@ -86,7 +86,7 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
     }
     parts = {"val_data": data.validation, "calibration_data": data.calibration}
     how = {"recipe": recipe, "out": tmp_path / "python", "device": here()}
-    model = ptee.fit("cifar_resnet20", data.train, **parts, **how, **source, **settings)
+    model = ptee.fit("cifar_resnet8", data.train, **parts, **how, **source, **settings)
     command, python = (read_json(tmp_path / name, "config.json") for name in ("command", "python"))
     assert command["threshold"] == python["threshold"] == list(model.threshold)
     assert command["confidence"] == python["confidence"]
@@ -482,7 +482,7 @@ def test_a_picture_of_the_users_own_data_that_breaks_is_an_error_of_the_data():
 
 NO_PATHS = {
     "out": partial(fit, network(), images(60)),
-    "weights": partial(ptee.fit, "cifar_resnet20", images(60), **SETTINGS),
+    "weights": partial(ptee.fit, "cifar_resnet8", images(60), **SETTINGS),
     "recipe": partial(fit, network(), images(60)),
 }
 

@@ -29,7 +29,7 @@ def images(n: int = 80, labelled: bool = True) -> TensorDataset:
 
 def joint(out=None, **settings) -> ptee.EarlyExitModel:
     how = {"recipe": "eenet-joint", "pretrained": False, "num_classes": K, "input_size": SHAPE, **SMALL} | settings
-    return ptee.fit("cifar_resnet20", images(), out=out, **how)
+    return ptee.fit("cifar_resnet8", images(), out=out, **how)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from ptee.training import trainer
 
 Run = Callable[..., tuple[int, str]]
 WORDS = (
-    "augment --model cifar_resnet20 --num-classes 2 --input-size 3,16,16 --weights w.safetensors --data images --out out "
+    "augment --model cifar_resnet8 --num-classes 2 --input-size 3,16,16 --weights w.safetensors --data images --out out "
     "--exits layer1 --head pool --recipe pteenet --epochs 3 --batch-size 8 --set precision=no --no-speed"
 )
 
@@ -38,7 +38,7 @@ def images(tmp_path, monkeypatch) -> Path:
         path = tmp_path / "images" / "ab"[k % 2] / f"{k:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
-    save_file(load_backbone("cifar_resnet20", pretrained=False, num_classes=2).module.state_dict(), "w.safetensors")
+    save_file(load_backbone("cifar_resnet8", pretrained=False, num_classes=2).module.state_dict(), "w.safetensors")
     return tmp_path / "images"
 
 
@@ -154,7 +154,7 @@ def test_a_picture_that_breaks_at_any_step_is_recorded_and_no_epoch_is_lost(step
 
 def test_near_chance_a_target_of_accuracy_is_refused_and_the_heads_learn_the_backbones_answers(ptee):
     with torch.no_grad():
-        state = load_backbone("cifar_resnet20", pretrained=False, num_classes=2).module.state_dict()
+        state = load_backbone("cifar_resnet8", pretrained=False, num_classes=2).module.state_dict()
         save_file({key: value * 0 if "fc" in key else value for key, value in state.items()}, "w.safetensors")
     for words in (["--max-drop", "0.01"], ["--targets", "labels"]):
         status, said = ptee(WORDS, *words)

@@ -21,8 +21,8 @@ from ptee.pipeline.saved_run import open_run
 def run(tmp_path_factory) -> Path:
     """A run that says nothing of its data yet."""
     folder = tmp_path_factory.mktemp("run")
-    save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), folder / "weights.safetensors")
-    ptee.augment("cifar_resnet20", weights=folder / "weights.safetensors", exits=["layer1"]).save_pretrained(folder)
+    save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), folder / "weights.safetensors")
+    ptee.augment("cifar_resnet8", weights=folder / "weights.safetensors", exits=["layer1"]).save_pretrained(folder)
     return folder
 
 

@@ -19,10 +19,10 @@ def a_run(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("scale")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_file(load_backbone("cifar_resnet20", pretrained=False).module.state_dict(), place / "weights.safetensors")
+        save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), place / "weights.safetensors")
         weights = place / "weights.safetensors"
         model = ptee.augment(
-            "cifar_resnet20", weights=weights, exits=["layer1", "layer2"], head="pool", input_size=(3, 16, 16)
+            "cifar_resnet8", weights=weights, exits=["layer1", "layer2"], head="pool", input_size=(3, 16, 16)
         )
     model.threshold = 0.3
     model.save_pretrained(place / "run")

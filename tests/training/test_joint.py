@@ -115,7 +115,7 @@ def test_other_weights_than_those_of_the_run_are_refused_in_one_line(tmp_path):
 def from_a_name(tmp_path):
     """A saved run whose backbone a library built, and the model."""
     model = ptee.augment(
-        "cifar_resnet20", pretrained=False, exits=["layer1", "layer2"], head="pool", input_size=(3, 16, 16)
+        "cifar_resnet8", pretrained=False, exits=["layer1", "layer2"], head="pool", input_size=(3, 16, 16)
     )
     generator = torch.Generator().manual_seed(0)
     set_ = TensorDataset(torch.randn(16, 3, 16, 16, generator=generator), torch.arange(16) % 10)
