@@ -29,7 +29,11 @@ from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
 # Why not accelerate's save_state: it pickles the optimizer and the random states, and ptee unpickles nothing that lies on a disk.
-DATA = ("data", "samples", "pictures")  # what `describe_training` says of them
+DATA = {
+    "data": eq,
+    "samples": same_samples,
+    "pictures": same_samples,
+}  # how what `describe_training` says of them is compared
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,7 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as why:
         raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
     differing = [
-        name
-        for name in {**training, **written}
-        if not (same_samples if name in DATA[1:] else eq)(written.get(name), training.get(name))
+        name for name in {**training, **written} if not DATA.get(name, eq)(written.get(name), training.get(name))
     ]
     if differing:
         other = [
