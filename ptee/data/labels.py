@@ -115,12 +115,13 @@ def map_labels(
 def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
     from timm.data import ImageNetInfo
 
-    place = {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    every = tuple(ImageNetInfo("imagenet-1k").label_names())
+    place = {name: index for index, name in enumerate(every)}
     strange = [name for name in class_names if name not in place]
     if strange:
         return LabelMap(None, f"These WordNet ids are not among the classes of ImageNet-1k: {some(strange)}.")
     indices, ids = tuple(place[name] for name in class_names), "id is" if len(class_names) == 1 else "ids are"
-    return LabelMap(indices, f"{len(indices)} WordNet {ids} mapped to the backbone's ImageNet-1k classes.")
+    return LabelMap(indices, f"{len(indices)} WordNet {ids} mapped to the backbone's ImageNet-1k classes.", every)
 
 
 def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequence[str] | str | Path) -> LabelMap:
