@@ -59,6 +59,7 @@ class Backbone:
         architecture: `source` without weights, also if these are random.
         learnt: its weights were trained together with the heads, so that a run must keep them.
         pixels_known: the mean and std of `input` were given, or its library knows them; else ImageNet's stand in for them.
+        hashes: `tensor_hashes` of the weights to which `source` leads; None where nobody has computed them.
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class Backbone:
     architecture: dict[str, Any] | None = None
     learnt: bool = False
     pixels_known: bool = True
+    hashes: Mapping[str, str] | None = None
 
     @property
     def is_random(self) -> bool:
