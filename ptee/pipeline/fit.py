@@ -165,7 +165,7 @@ def fit(
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
     adapted = for_training(recipe_for(labels, chosen), data)
     words = describe_labels(labels) + described_change(chosen, adapted)
-    (log or (warn if labels.doubt else silent))(words)
+    (log or (warn if labels.doubt or labels.gap else silent))(words)
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)
