@@ -406,9 +406,7 @@ def _without_threshold(arguments: Sequence[str]) -> tuple[list[float] | None, li
     return numbers, words
 
 
-def _answered(
-    folder: str, *paths: str, threshold: Sequence[float] | None = None
-) -> tuple[list[str], list[str]]:
+def _answered(folder: str, *paths: str, threshold: Sequence[float] | None = None) -> tuple[list[str], list[str]]:
     """A line for each picture, and one for each that cannot be read. `threshold`: other ones than those of the folder."""
     runner = load_exported(folder)
     if threshold is not None:

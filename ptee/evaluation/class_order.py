@@ -202,7 +202,9 @@ def _by_part(
 ) -> dict[str, tuple[float, int]]:
     """For each part of the data that some of these images are of: the share that is right, and of how many."""
     names = [name for name in PARTS if len(getattr(data, name))]
-    part = torch.tensor([bisect_right(images.dataset.cumulative_sizes, place) for place in images.indices], device="cpu")
+    part = torch.tensor(
+        [bisect_right(images.dataset.cumulative_sizes, place) for place in images.indices], device="cpu"
+    )
     rows = {name: part == k for k, name in enumerate(names)}
     return {
         name: (_share_right(answers[own], labels[own], label_map), int(own.sum()))

@@ -24,10 +24,7 @@ from ptee.deploy.runner import Runner, load_exported
 from ptee.exits.config import NEVER
 from ptee.pipeline.images import open_images
 
-
-IN_INT8 = (
-    "\nThe backbone is that of these files, in int8. ptee export compared with the one in float32, so its fidelity is another number."
-)
+IN_INT8 = "\nThe backbone is that of these files, in int8. ptee export compared with the one in float32, so its fidelity is another number."
 
 
 @dataclass(frozen=True)

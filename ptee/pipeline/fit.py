@@ -42,7 +42,7 @@ from ptee.pipeline.images import (
     undoubted,
 )
 from ptee.pipeline.recipe import PATHS, RECIPE_FILE, Recipe, make_recipe
-from ptee.pipeline.recorded import folder_of_fit, or_anew
+from ptee.pipeline.recorded import folder_of_fit, or_anew, require_same_training
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
     forget_training,
@@ -152,6 +152,8 @@ def fit(
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
+    if resume and folder is not None:
+        require_same_training(folder, chosen)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
     found = image_size(train_data)
     if input_size is None and isinstance(model, nn.Module):

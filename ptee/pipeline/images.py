@@ -229,7 +229,11 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
 
 def undoubted(labels: LabelMap, recipe: Recipe) -> LabelMap:
     """The labels. What a backbone does not know yet, but learns, is no reason to doubt them."""
-    return replace(labels, doubt="", remedy=(), right={}) if recipe.backbone == JOINT and labels.indices is not None else labels
+    return (
+        replace(labels, doubt="", remedy=(), right={})
+        if recipe.backbone == JOINT and labels.indices is not None
+        else labels
+    )
 
 
 def carried_out(recipe: Recipe, data: Data) -> Recipe:

@@ -462,7 +462,11 @@ def test_the_runner_takes_a_threshold_for_one_call(tmp_path, capsys):
     folder = str(ptee.export(made(), tmp_path / "out"))
     picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
     image = str(tmp_path / "a.png")
-    for words, said in ((["--threshold", "0"], "exit 0"), (["--threshold=2,0"], "exit 1"), (["--threshold", "2"], "end")):
+    for words, said in (
+        (["--threshold", "0"], "exit 0"),
+        (["--threshold=2,0"], "exit 1"),
+        (["--threshold", "2"], "end"),
+    ):
         assert runner_main([folder, *words, image]) == 0
         assert f", {said}" in capsys.readouterr().out
     refused = {

@@ -66,7 +66,9 @@ def test_a_card_has_the_numbers_of_the_thresholds_that_were_measured_last_where_
     found = ptee.evaluate(model, data, speed=False, keep=True)
     text = text_of(model, tmp_path)
     assert "On 30 images." in text and "other thresholds" not in text
-    assert f"| {found.early_exit.accuracy:.4g} | {found.early_exit.fidelity:.4g} | {found.early_exit.cost:.4g} |" in text
+    assert (
+        f"| {found.early_exit.accuracy:.4g} | {found.early_exit.fidelity:.4g} | {found.early_exit.cost:.4g} |" in text
+    )
     assert "- data: folder" in text
 
 

@@ -738,9 +738,11 @@ def test_weights_that_changed_after_a_network_was_loaded_are_told_when_the_run_i
     assert not [w for w in recwarn if "not those" in str(w.message)]
     for each in (model, again):
         each.backbone.fc.bias.data += 1
-        with pytest.warns(UserWarning, match=r"of cifar_resnet20 are not .* \(1 of \d+\): fc.bias.*load\(FOLDER, backbone"):
+        with pytest.warns(
+            UserWarning, match=r"of cifar_resnet20 are not .* \(1 of \d+\): fc.bias.*load\(FOLDER, backbone"
+        ):
             each.save_pretrained(tmp_path / "changed")
-        with pytest.raises(RunError, match="fc.bias"):
+        with pytest.raises(RunError, match=r"fc\.bias"):
             ptee.load(tmp_path / "changed")
         assert ptee.load(tmp_path / "changed", backbone=copy.deepcopy(each).detach()).exits
 
