@@ -18,7 +18,7 @@ from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import Log, silent
 from ptee._common.validation import checked_with
-from ptee.backbones.load import Backbone, load_backbone, rebuild
+from ptee.backbones.load import Backbone, load_backbone, rebuild, require_model
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, about_speed, evaluate
@@ -149,6 +149,7 @@ def fit(
     """
     require_launch(device)
     require_no_exits(model)
+    require_model(model)  # before a word about the data
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
