@@ -59,6 +59,7 @@ class Backbone:
         architecture: `source` without weights, also if these are random.
         learnt: its weights were trained together with the heads, so that a run must keep them.
         pixels_known: the mean and std of `input` were given, or its library knows them; else ImageNet's stand in for them.
+        hashes: `tensor_hashes` of the weights to which `source` leads; None where nobody has computed them.
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class Backbone:
     architecture: dict[str, Any] | None = None
     learnt: bool = False
     pixels_known: bool = True
+    hashes: Mapping[str, str] | None = None
 
     @property
     def is_random(self) -> bool:
@@ -116,9 +118,7 @@ def load_backbone(
     classes = None if num_classes is None else _checked_classes(num_classes)
     size = None if input_size is None else checked_size(input_size)
     file = None if weights is None else _recordable(as_path(weights, "weights"))
-    if not isinstance(model, str | nn.Module):
-        text = f"A model is a name such as 'resnet50' or an nn.Module, not {_other_than_a_model(model)}"
-        raise BackboneError(text, argument="model", value=model)
+    require_model(model)
     label = model if isinstance(model, str) else type(model).__name__
     own, args = pretrained and not file, dict(model_args or {})
     request = ModelRequest(label, label, file, own, classes, size, mean, std, args, {})
@@ -127,6 +127,13 @@ def load_backbone(
         return _wrap(model, request)
     library, name = find_model(model)
     return _load(library, replace(request, name=name))
+
+
+def require_model(model: Any) -> None:
+    """Refuse what is neither a name nor a module, as a class is."""
+    if not isinstance(model, str | nn.Module):
+        text = f"A model is a name such as 'resnet50' or an nn.Module, not {_other_than_a_model(model)}"
+        raise BackboneError(text, argument="model", value=model)
 
 
 def _other_than_a_model(given: Any) -> str:

@@ -92,6 +92,14 @@ def tensor_hash(value: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def changes(known: Mapping[str, str], module: nn.Module, input_size: tuple[int, int, int]) -> str:
+    """How a network's weights differ from those whose `tensor_hashes` are known, in words; empty if only in `counting_buffers`."""
+    ours = tensor_hashes(module)
+    differ = [name for name in known if name in ours and ours[name] != known[name]]
+    counting = dict.fromkeys(counting_buffers(module, differ, input_size), "") if differ else {}
+    return difference({**known, **counting}, ours | counting)
+
+
 def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     """How the `tensor_hashes` of a recorded backbone and of this one differ, in words. Empty if nothing that counts differs."""
     for longer, shorter, place in ((ours, theirs, "of this one"), (theirs, ours, "of that one")):

@@ -37,7 +37,7 @@ from ptee.cli.values import (
     untrained,
 )
 from ptee.model.run_files import is_run
-from ptee.pipeline.recorded import new_folder
+from ptee.pipeline.recorded import new_folder, require_same_training
 from ptee.training.tracking import require_tracker
 
 AGAIN = "The same command with --resume goes on."
@@ -74,6 +74,8 @@ def augment(**o: Any) -> None:
         if is_run(folder):
             require_names(o)  # else whoever gives another folder is refused again
         raise
+    if o["resume"]:
+        require_same_training(folder, recipe)
     from ptee._common.devices import require_launch, resolve_device
     from ptee.pipeline.demo import another_threshold, demo
     from ptee.pipeline.fit import Job, fit_backbone

@@ -17,6 +17,7 @@ from cloup import option, option_group
 from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
 from ptee._common.text import as_shares, quoted
+from ptee._common.validation import LARGEST_LIMIT
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -176,7 +177,13 @@ class Real(click.FloatRange):
         """Called by click."""
         if isinstance(value, str) and (share := as_shares([value])):
             self.fail(f"{value!r} is no number. Did you mean {share}?", param, ctx)
-        number = super().convert(value, param, ctx)
+        try:
+            number = super().convert(value, param, ctx)
+        except click.BadParameter as why:
+            given, most = _number_or_word(str(value)), LARGEST_LIMIT
+            percent = self.max is not None and self.max <= most and not isinstance(given, str) and given > most
+            share = as_shares([given]) if percent else ""
+            self.fail(why.message + (f" Did you mean {share}?" if share else ""), param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is no finite number.", param, ctx)
         return number

@@ -29,7 +29,7 @@ from ptee._common.listing import (
 )
 from ptee._common.text import spelt
 from ptee.data.pictures import File, Key
-from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, word_of
+from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, with_all_parts, word_of
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
@@ -307,13 +307,13 @@ def _two_classes(one: Path, other: Path) -> DataError:
 
 def _refuse_no_images(folder: Path, found: _Part) -> None:
     if any(map(_is_picture, visible(folder))):
-        meant = f" Did you mean the folder above: {folder.parent}?" * is_one_of_several(folder, _is_picture)
+        above, several = with_all_parts(folder.parent), is_one_of_several(folder, _is_picture)
+        meant = f" Did you mean the folder above: {above}?" * several
         alone = f" If they have no labels, move them into a single one: {folder / 'all'}."
         raise DataError(f"The images of '{folder}' lie in no class folder.{meant}{alone}")
     archives = [path.name for path in visible(folder) if path.suffix.lower() in ARCHIVES]
     unpack = f" Unpack {some(archives)} first." if archives else ""
-    kinds = _numbers(sum(found.others.values(), Counter()))
-    holds = f" ({kinds})" if kinds else ""
+    holds = f" ({kinds})" if (kinds := _numbers(sum(found.others.values(), Counter()))) else ""
     raise DataError(f"No images in class folders of '{folder}'{holds}: it should hold {LAYOUTS}.{unpack}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,12 @@ def near_chance(right: float, n: int, num_classes: int) -> str:
     return f"The backbone is right on {right:.1%} of {n:,} images, and would be on {chance:.1%} by chance"
 
 
+HALF_AS_RIGHT, SURE = (
+    0.5,
+    3.5,
+)  # no usual gap between training and validation images; standard deviations that are no luck
+
+
 @dataclass(frozen=True)
 class LabelMap:
     """The backbone's class for each class of the data."""
@@ -48,6 +54,23 @@ class LabelMap:
     classes: tuple[str, ...] | None = None  # names of all of the backbone's classes in its order, if the data tell them
     doubt: str = ""  # a sentence, if the backbone is hardly better than chance under these labels, or exchanges classes
     remedy: Advice = ()  # what to do about missing or doubtful labels
+    right: Mapping[str, tuple[float, int]] = field(
+        default_factory=dict
+    )  # by part: of how many images which share is right
+
+    @property
+    def gap(self) -> str:
+        """A sentence, if the backbone is much less often right on validation than on training images; else empty."""
+        if self.doubt or not {"train", "validation"} <= self.right.keys():
+            return ""
+        (seen, n), (new, m) = self.right["train"], self.right["validation"]
+        mean = (seen * n + new * m) / (n + m)
+        if new > HALF_AS_RIGHT * seen or seen - new <= SURE * (mean * (1 - mean) * (1 / n + 1 / m)) ** 0.5:
+            return ""
+        return (
+            f"The backbone is right on {new:.0%} of {m} validation images that were tried, and on {seen:.0%} of {n} training images: see "
+            "whether both have the same classes and are prepared alike."
+        )
 
     def __call__(self, label: int) -> int:
         """The backbone's number of a class of the data, or -1 where the classes cannot be mapped."""
@@ -64,7 +87,7 @@ class LabelMap:
 
 def describe_labels(labels: LabelMap, word: Callable[[Argument], str] = str) -> str:
     """How the labels were mapped, why they are in doubt, and what to do about it. `word` says how to call an argument."""
-    return PteeError(f"{labels.reason} {labels.doubt}".strip(), " ", *labels.remedy).worded(word).strip()
+    return PteeError(f"{labels.reason} {labels.doubt or labels.gap}".strip(), " ", *labels.remedy).worded(word).strip()
 
 
 def class_orders(names: Sequence[str]) -> dict[str, list[str]]:
@@ -115,12 +138,13 @@ def map_labels(
 def _map_wordnet(class_names: Sequence[str]) -> LabelMap:
     from timm.data import ImageNetInfo
 
-    place = {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    every = tuple(ImageNetInfo("imagenet-1k").label_names())
+    place = {name: index for index, name in enumerate(every)}
     strange = [name for name in class_names if name not in place]
     if strange:
         return LabelMap(None, f"These WordNet ids are not among the classes of ImageNet-1k: {some(strange)}.")
     indices, ids = tuple(place[name] for name in class_names), "id is" if len(class_names) == 1 else "ids are"
-    return LabelMap(indices, f"{len(indices)} WordNet {ids} mapped to the backbone's ImageNet-1k classes.")
+    return LabelMap(indices, f"{len(indices)} WordNet {ids} mapped to the backbone's ImageNet-1k classes.", every)
 
 
 def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequence[str] | str | Path) -> LabelMap:

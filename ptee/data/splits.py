@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from ptee._common.errors import Argument, DataError, some
 from ptee._common.files import expanded
+from ptee._common.listing import subfolders
 from ptee._common.text import number_of, quoted
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.pictures import Labelled, Pictures, copies
@@ -53,6 +54,15 @@ DATA_SETS = "data sets"  # the kind of what a user gives from Python
 def part_of(name: str) -> str | None:
     """The part that a folder or tar file of this name holds, or None. Only the first word counts."""
     return PART_OF.get(first_word(name))
+
+
+def with_all_parts(folder: Path) -> Path:
+    """The folder that holds this one and other parts, if it is a part: train/ and val/ lie in one. Else the folder itself."""
+    try:
+        beside = [path.name for path in subfolders(folder.parent) if path.name != folder.name]
+    except DataError:  # it may not be read
+        return folder
+    return folder.parent if part_of(folder.name) and any(map(part_of, beside)) else folder
 
 
 def first_word(name: str) -> str:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptee._common.errors import DataError, PteeError, RunError, first_line, warn
+from ptee._common.errors import DataError, PteeError, RunError, first_line, unknown, warn
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
-from ptee.exits.config import doubt, threshold_numbers, wrong_number
+from ptee.exits.config import doubt, require_no_percentage, threshold_numbers, wrong_number
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -56,6 +56,12 @@ class Runner:
     def __init__(self, manifest: Manifest, pieces: Sequence[Callable[..., Sequence[Array]]], device: str) -> None:
         self.manifest, self.pieces, self.device = manifest, pieces, device
         self._thresholds = self._each(manifest.thresholds)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A misspelt or fixed setting would be taken without a word, and change nothing."""
+        if not name.startswith("_") and name not in ("manifest", "pieces", "device") and not hasattr(type(self), name):
+            raise unknown("setting of an exported model", name, ["threshold"], argument=name)
+        super().__setattr__(name, value)
 
     @property
     def threshold(self) -> list[float]:
@@ -344,12 +350,14 @@ def _tensor(x: np.ndarray, dtype: str) -> Array:
 
 
 USAGE = "usage: python -m ptee.deploy.runner FOLDER IMAGE ..."
+THRESHOLD = "--threshold"
 HELP = f"""{USAGE}
 
 Answers pictures with a model that ptee export wrote into FOLDER: for each its class, where it left, and what it cost (1 is the whole
 network). A picture that cannot be read is named, the others are answered, and the status is 2.
 
-python -m ptee.deploy.runner exported cat.jpg dog.jpg"""
+python -m ptee.deploy.runner exported cat.jpg dog.jpg
+python -m ptee.deploy.runner exported cat.jpg --threshold 0.9       # for this call; or one for each exit: 0.9,0.8"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -359,10 +367,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if {"-h", "--help"} & {*arguments}:
             lines = [HELP]
-        elif len(arguments) < 2:
-            raise PteeError(f"{USAGE}, such as exported cat.jpg. --help says more.")
         else:
-            lines, faults = _answered(*arguments)
+            threshold, words = _without_threshold(arguments)
+            if len(words) < 2:
+                raise PteeError(f"{USAGE}, such as exported cat.jpg. --help says more.")
+            lines, faults = _answered(*words, threshold=threshold)
     except PteeError as why:
         return _say(str(why), 2)
     except KeyboardInterrupt:
@@ -375,9 +384,33 @@ def main(arguments: Sequence[str]) -> int:
     return max((_say(fault, 2) for fault in faults), default=0)
 
 
-def _answered(folder: str, *paths: str) -> tuple[list[str], list[str]]:
-    """A line for each picture, and one for each that cannot be read."""
+def _without_threshold(arguments: Sequence[str]) -> tuple[list[float] | None, list[str]]:
+    """The numbers of --threshold, if it is given, and the other words of the call."""
+    words, found = [], None
+    left = iter(arguments)
+    for word in left:
+        name, equals, text = word.partition("=")
+        if not word.startswith("--"):
+            words.append(word)
+        elif name != THRESHOLD:
+            raise unknown("option", name, [THRESHOLD])
+        else:
+            found = text if equals else next(left, "")
+    if found is None:
+        return None, words
+    try:
+        numbers = [float(number) for number in found.split(",")]
+    except ValueError as why:
+        raise PteeError(f"{THRESHOLD} {found!r:.60} is no number. Give one, or one for each exit: 0.9,0.8.") from why
+    require_no_percentage(numbers)
+    return numbers, words
+
+
+def _answered(folder: str, *paths: str, threshold: Sequence[float] | None = None) -> tuple[list[str], list[str]]:
+    """A line for each picture, and one for each that cannot be read. `threshold`: other ones than those of the folder."""
     runner = load_exported(folder)
+    if threshold is not None:
+        runner.threshold = threshold
     read: list[tuple[str, np.ndarray]] = []
     faults: list[str] = []
     for path in paths:

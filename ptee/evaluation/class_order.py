@@ -7,6 +7,7 @@ classes in another order.
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
 from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
-from ptee.data.labels import IMAGENET_CLASSES, LabelMap, class_orders, map_labels, near_chance
-from ptee.data.splits import FILES, Data
+from ptee.data.labels import IMAGENET_CLASSES, SURE, LabelMap, class_orders, map_labels, near_chance
+from ptee.data.splits import FILES, PARTS, Data
 
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
-OF_A_CLASS, SURE = 3, 3.5  # images of a class that say what it is taken for; standard deviations that are no luck
+OF_A_CLASS = 3  # images of a class that say what it is taken for
 CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 RECORD_AGAIN: Advice = (
@@ -59,7 +60,8 @@ def choose_class_order(
         maps = {"": first} | _rivals(data, first, backbone.num_classes)
     if first.indices is None or not (check or len(maps) > 1):
         return first
-    answers, labels = _try(backbone.module, _some_images(data, list(maps.values())), device)
+    images = _some_images(data, list(maps.values()))
+    answers, labels = _try(backbone.module, images, device)
     right = {name: _share_right(answers, labels, each) for name, each in maps.items()}
     best = max(right, key=lambda name: right[name])  # of equal ones the first
     if classes is None and recorded is not None:
@@ -69,9 +71,13 @@ def choose_class_order(
     if best:
         found = replace(found, reason=_reason(maps, best, right, len(labels)))
     doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
-    if doubted.doubt or len(maps) == 1:
+    if doubted.doubt:
         return doubted
-    return _doubted(found, backbone, *_try(backbone.module, _some_images(data, [found]), device), NAME_THEM)
+    if len(maps) > 1:
+        images = _some_images(data, [found])
+        answers, labels = _try(backbone.module, images, device)
+        doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
+    return replace(doubted, right=_by_part(data, images, answers, labels, found))
 
 
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
@@ -81,12 +87,15 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
         DataError: if only some of them are class numbers, or the data cannot form batches of images.
     """
     found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
-    answers, labels = _try(backbone.module, _some_images(data, [found]), device)
+    images = _some_images(data, [found])
+    answers, labels = _try(backbone.module, images, device)
     fault = labels_of_other_classes(labels, backbone.num_classes)
     remedy = ("Check that the labels are the backbone's class numbers.",)
     if fault:
         return replace(found, doubt=f"They are not: {fault}.", remedy=remedy)
-    return _doubted(found, backbone, answers, labels, remedy)
+    return replace(
+        _doubted(found, backbone, answers, labels, remedy), right=_by_part(data, images, answers, labels, found)
+    )
 
 
 def labels_as_recorded(backbone: Any, answers: Tensor, labels: Tensor) -> LabelMap:
@@ -156,7 +165,7 @@ def _require_recorded(
 
 def _some_images(data: Data, maps: Sequence[LabelMap]) -> Any:
     """Images from all over the data. If there are several maps, only images on whose label they differ."""
-    parts: list[Any] = [part for part in (data.train, data.calibration, data.validation) if len(part)]  # type: ignore[arg-type]
+    parts: list[Any] = [part for name in PARTS if len(part := getattr(data, name))]
     places: Sequence[int] = range(sum(map(len, parts)))
     if len(maps) > 1:
         labels = [label for part in parts for _, label in part.rows]
@@ -186,6 +195,22 @@ def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None
 
 def _share_right(answers: Tensor, labels: Tensor, label_map: Callable[[int], int]) -> float:
     return (answers == labels.new_tensor([label_map(label) for label in labels.tolist()])).double().mean().item()
+
+
+def _by_part(
+    data: Data, images: Any, answers: Tensor, labels: Tensor, label_map: LabelMap
+) -> dict[str, tuple[float, int]]:
+    """For each part of the data that some of these images are of: the share that is right, and of how many."""
+    names = [name for name in PARTS if len(getattr(data, name))]
+    part = torch.tensor(
+        [bisect_right(images.dataset.cumulative_sizes, place) for place in images.indices], device="cpu"
+    )
+    rows = {name: part == k for k, name in enumerate(names)}
+    return {
+        name: (_share_right(answers[own], labels[own], label_map), int(own.sum()))
+        for name, own in rows.items()
+        if own.any()
+    }
 
 
 def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: int) -> str:

@@ -46,6 +46,7 @@ def evaluate(
     speed: bool | None = None,
     speed_seconds: float = SPEED_SECONDS,
     about: str = "",
+    keep: bool = False,
 ) -> Results:
     """Measure a model on data: accuracy, fidelity, cost, where images leave, and speed beside the bare backbone.
 
@@ -63,6 +64,7 @@ def evaluate(
         speed: measure images per second, if an exit is on. None: unless the data are recorded traces.
         speed_seconds: about how long that may take; four rounds are timed in any case.
         about: a sentence about the data, kept with the results.
+        keep: put them into `model.results`, which `save_pretrained` saves and puts on the model card. Else the model is left as it was.
 
     Raises:
         PteeError: if the threshold, the data or the device cannot be used.
@@ -85,12 +87,15 @@ def evaluate(
             with sparing(view.backbone, images):
                 images = _few_enough(view, images, ROUND_SHARE * speed_seconds)
                 rows, differ = _timed(view, images, rows, batch_size, speed_seconds)
-        return Results(
+        found = Results(
             model.plan.backbone, traces.answers.shape[1], view.threshold, tuple(rows), leaving, place.type,
             min(batch_size, len(images)), about, traces.note, truncation(traces.alone), view.off,
             asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, by_time=_by_time(view), spread=differ,
             confidence=view.confidence, answers=view.answers, doubt=doubted(model, rows[0].accuracy, traces.answers.shape[1]),
         )  # fmt: skip
+        if keep:
+            model.results = (model.results or {}) | found.to_dict()
+        return found
     finally:
         model.to(home).train(was_training)
 

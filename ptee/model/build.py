@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ptee._common.validation import checked, require_arguments
 from ptee.analysis.freezing import freeze
 from ptee.analysis.verify import buffers_put_back, require_no_drift
 from ptee.backbones.load import Backbone, load_backbone, rebuild
+from ptee.backbones.weights import tensor_hashes
 from ptee.exits.build import build_exits
 from ptee.exits.front import named_front
 from ptee.exits.plan import Plan
@@ -111,6 +113,8 @@ def plan(model: str | nn.Module, **options: Any) -> Plan:
 def build(backbone: Backbone, **options: Any) -> EarlyExitModel:
     """`augment` for a backbone that is loaded already; on failure it is left as it was. Options as of `build_exits`."""
     module, size = backbone.module, backbone.input.input_size
+    if backbone.source is not None and backbone.hashes is None:
+        backbone = replace(backbone, hashes=tensor_hashes(module))
     state = freeze(module)
     try:
         with buffers_put_back(module, size) as buffers:

@@ -116,7 +116,12 @@ def _other_settings(model: Any, results: Mapping[str, Any]) -> str:
         for what, (then, now) in then_and_now.items()
         if then and then != now  # a run of an older ptee says less
     ]
-    return f"These numbers were measured with {' and '.join(others)}, so they are not its own." if others else ""
+    if not others:
+        return ""
+    return (
+        f"These numbers were measured with {' and '.join(others)}, so they are not its own. Measure again and save it: "
+        "`ptee.evaluate(model, data, keep=True)`."
+    )
 
 
 def _thresholds(values: Sequence[float], off: Collection[int]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -53,13 +53,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         OSError: if it cannot be read.
         ValueError: saying what is wrong with it.
     """
-    with path.open("rb") as file:
-        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            raise ValueError("it ends within its header")
-        if length > LARGEST_HEADER_BYTES:
-            raise ValueError(f"its header is longer than {LARGEST_HEADER_BYTES:,} bytes")
-        header = from_json(file.read(length).decode("utf-8"))
+    header, length, size = _header(path)
     if isinstance(header, dict):
         header.pop("__metadata__", None)
     try:
@@ -76,6 +70,24 @@ def read_header(path: Path) -> dict[str, Stored]:
     if end != size:
         raise ValueError("it does not end where its tensors do")
     return found
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """What was written beside the tensors of a file; empty if there is nothing. Raises as `read_header`."""
+    header, _, _ = _header(path)
+    notes = header.get("__metadata__") if isinstance(header, dict) else None
+    return notes if isinstance(notes, dict) else {}
+
+
+def _header(path: Path) -> tuple[Any, int, int]:
+    """The header of a file, its length, and the size of the file, in bytes."""
+    with path.open("rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            raise ValueError("it ends within its header")
+        if length > LARGEST_HEADER_BYTES:
+            raise ValueError(f"its header is longer than {LARGEST_HEADER_BYTES:,} bytes")
+        return from_json(file.read(length).decode("utf-8")), length, size
 
 
 def stored_hash(path: Path, tensor: Stored) -> str:

@@ -9,9 +9,8 @@ from torch import nn
 
 from ptee._common.errors import BackboneError, RunError, first_line, possible
 from ptee.analysis.classifier import require_runnable
-from ptee.analysis.verify import counting_buffers
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
-from ptee.backbones.weights import difference, tensor_hashes, weights_hash
+from ptee.backbones.weights import changes, weights_hash
 from ptee.exits.blend import Blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.config import FRONT
@@ -59,11 +58,8 @@ def check_weights(run: Run, module: nn.Module) -> None:
     found = weights_hash(module)
     if found == run.config.backbone.hash:
         return
-    saved, ours = run.config.backbone_tensors or {}, tensor_hashes(module)
-    differ = [name for name in saved if name in ours and ours[name] != saved[name]]
-    for name in counting_buffers(module, differ, run.config.backbone.input.input_size) if differ else ():
-        saved, ours = saved | {name: ""}, ours | {name: ""}
-    why = difference(saved, ours) if saved else "which differ was not recorded"
+    saved = run.config.backbone_tensors
+    why = changes(saved, module, run.config.backbone.input.input_size) if saved else "which differ was not recorded"
     if why:
         raise RunError(
             f"{run.folder} was made for {run.config.backbone.name} with weights {run.config.backbone.hash[:16]}; this backbone's are "
@@ -103,7 +99,7 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     learnt = run.backbone is not None
     found = Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
-    return replace(found, learnt=learnt, pixels_known=about.pixels_known)
+    return replace(found, learnt=learnt, pixels_known=about.pixels_known, hashes=run.config.backbone_tensors)
 
 
 def _its_weights(run: Run) -> str:

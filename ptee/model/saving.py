@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ptee import __version__
-from ptee._common.errors import PteeError, RunError, first_line, some
+from ptee._common.errors import PteeError, RunError, first_line, some, warn
 from ptee._common.files import as_path, is_file, plain, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
 from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle, writer_of
-from ptee.backbones.weights import storable, tensor_hash, tensor_hashes, weights_hash
+from ptee.backbones.weights import changes, storable, tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
 from ptee.model.heads_file import LARGEST_HEADER_BYTES
@@ -46,6 +46,8 @@ from ptee.model.run_files import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ptee.backbones.load import Backbone
 
 MOST_READINGS = 5  # of a run that others change meanwhile
 Versions = dict[str, str | None]  # by whole path of a run that was read: the `version_of` it
@@ -77,7 +79,9 @@ class Run:
 
 def describe(model: Any) -> dict[str, Any]:
     """What config.json says of an early-exit model."""
-    network, plan = model.origin, model.plan
+    network, plan, tensors = model.origin, model.plan, tensor_hashes(model.origin.module)
+    if network.hashes not in (None, tensors) and network.source is not None and not network.learnt:
+        _tell_changes(network)
     front = next((head.origin for head in model.heads if isinstance(head, FrontHead)), None)
     return {
         "backbone": {
@@ -94,8 +98,19 @@ def describe(model: Any) -> dict[str, Any]:
         "exits": plan.to_dict()["exits"],
         "confidence": {"name": plan.confidence} | plain(model.calibrated or Calibrated()),
         **describe_tuning(model),
-        "backbone_tensors": tensor_hashes(network.module),
+        "backbone_tensors": tensors,
     }
+
+
+def _tell_changes(network: Backbone) -> None:
+    """Warn that the run will not load by itself: its record of the backbone leads to other weights than these."""
+    assert network.hashes is not None
+    if why := changes(network.hashes, network.module, network.input.input_size):
+        warn(
+            f"The weights of {network.name} are not those that it was loaded with: {why}. The run leads to those and does not keep these, so "
+            "ptee.load(FOLDER) will refuse it. Keep them (torch.save(model.backbone.state_dict(), FILE)), and give the network with them: "
+            "ptee.load(FOLDER, backbone=...)."
+        )
 
 
 def describe_tuning(model: Any) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from ptee.deploy.runner import Runner, load_exported
 from ptee.exits.config import NEVER
 from ptee.pipeline.images import open_images
 
+IN_INT8 = "\nThe backbone is that of these files, in int8. ptee export compared with the one in float32, so its fidelity is another number."
+
 
 @dataclass(frozen=True)
 class ExportedResults:
@@ -39,6 +41,7 @@ class ExportedResults:
         cost: mean, of the backbone's multiply-accumulates.
         leaving: share of the images that leaves at each exit, and at the end.
         about: which images, in a sentence.
+        int8: the files are in whole numbers, and so is the backbone that fidelity is a share of.
     """
 
     backbone: str
@@ -50,6 +53,7 @@ class ExportedResults:
     cost: float
     leaving: list[float]
     about: str
+    int8: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -75,7 +79,7 @@ class ExportedResults:
         leaving = ", ".join(f"exit {n} {share:.1%}" for n, share in enumerate(self.leaving[:-1]))
         return (
             f"{self.backbone}, exported, {number_of(self.samples, 'image')}; cost in multiply-accumulates\n\n{table(rows, left={0})}\n\n"
-            f"Leaving at {leaving}; at the end {self.leaving[-1]:.1%}."
+            f"Leaving at {leaving}; at the end {self.leaving[-1]:.1%}." + IN_INT8 * self.int8
         )
 
 
@@ -187,4 +191,5 @@ def _results(runner: Runner, parts: list[Tensor], about: str) -> ExportedResults
         cost.mean().item(),
         leaving.tolist(),
         about,
+        runner.manifest.int8 is not None,
     )

@@ -18,7 +18,7 @@ from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import Log, silent
 from ptee._common.validation import checked_with
-from ptee.backbones.load import Backbone, load_backbone, rebuild
+from ptee.backbones.load import Backbone, load_backbone, rebuild, require_model
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, about_speed, evaluate
@@ -42,7 +42,7 @@ from ptee.pipeline.images import (
     undoubted,
 )
 from ptee.pipeline.recipe import PATHS, RECIPE_FILE, Recipe, make_recipe
-from ptee.pipeline.recorded import folder_of_fit, or_anew
+from ptee.pipeline.recorded import folder_of_fit, or_anew, require_same_training
 from ptee.pipeline.run_folder import (
     NOTHING_KEPT,
     forget_training,
@@ -149,9 +149,12 @@ def fit(
     """
     require_launch(device)
     require_no_exits(model)
+    require_model(model)  # before a word about the data
     chosen = make_recipe(recipe, {name: value for name, value in changes.items() if value is not None})
     chosen.thresholds.require_used([name for name, value in changes.items() if value is not None])
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
+    if resume and folder is not None:
+        require_same_training(folder, chosen)
     data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
     found = image_size(train_data)
     if input_size is None and isinstance(model, nn.Module):
@@ -165,7 +168,7 @@ def fit(
         raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
     adapted = for_training(recipe_for(labels, chosen), data)
     words = describe_labels(labels) + described_change(chosen, adapted)
-    (log or (warn if labels.doubt else silent))(words)
+    (log or (warn if labels.doubt or labels.gap else silent))(words)
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
     return fit_backbone(backbone, data, adapted, job)

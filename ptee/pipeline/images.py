@@ -163,6 +163,7 @@ def _each_alone(found: LabelMap, data: Data, labelled: Mapping[str, Any], backbo
         only = replace(data, **{name: images if name == part else [] for name, images in labelled.items()})
         if doubt := (alone := labels_as_given(backbone, only, device=device)).doubt:
             return replace(alone, doubt=f"{ARGUMENTS[part]}: {doubt}")
+        found = replace(found, right={**found.right, **alone.right})
     return found
 
 
@@ -228,7 +229,11 @@ def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
 
 def undoubted(labels: LabelMap, recipe: Recipe) -> LabelMap:
     """The labels. What a backbone does not know yet, but learns, is no reason to doubt them."""
-    return replace(labels, doubt="", remedy=()) if recipe.backbone == JOINT and labels.indices is not None else labels
+    return (
+        replace(labels, doubt="", remedy=(), right={})
+        if recipe.backbone == JOINT and labels.indices is not None
+        else labels
+    )
 
 
 def carried_out(recipe: Recipe, data: Data) -> Recipe:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Argument, BackboneError, DataError, PteeError, RunError, unknown
-from ptee._common.files import as_path, is_file, is_folder
+from ptee._common.files import as_path, from_json, is_file, is_folder
 from ptee._common.text import printable, quoted
 from ptee._common.writing import is_left_over, require_writable, settle
 from ptee.backbones.library import require_alike
+from ptee.model.heads_file import read_notes
 from ptee.model.run_files import (
     CHECKPOINT,
     METRICS,
@@ -28,6 +29,7 @@ from ptee.model.run_files import (
     record_of,
 )
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
+from ptee.training.config import TELLING, of_another_training, other_settings
 from ptee.tuning.config import TARGETS, no_target
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
@@ -241,6 +243,23 @@ def or_anew() -> Iterator[None]:
             raise
         anew = (" Or begin anew: ", Argument("overwrite", "True"), " in place of ", RESUME, ", or another ", OUT, ".")
         raise RunError(*why.parts, *anew, argument="resume") from why
+
+
+def require_same_training(out: Path, recipe: Recipe) -> None:
+    """Refuse to go on with a training that was begun with other settings, as far as the recipe alone tells; all else is seen later.
+
+    Raises:
+        RunError: naming them.
+    """
+    try:
+        then = from_json(read_notes(out / CHECKPOINT)["training"])
+        now = recipe.resolved().training.model_dump(mode="json")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # a file that is damaged is refused when it is read
+    known = [name for name in TELLING if isinstance(then, dict) and name in then and now[name] != "auto"]
+    if words := other_settings(then, now, [name for name in known if then[name] != now[name]]):
+        with or_anew():
+            raise of_another_training(out / CHECKPOINT, words)
 
 
 def is_interrupted(out: Path) -> bool:

@@ -14,6 +14,7 @@ from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
 from ptee._common.progress import Log
+from ptee.backbones.load import Backbone
 from ptee.data.labels import describe_labels
 from ptee.data.pictures import all_broken_named
 from ptee.data.sources import require_source
@@ -252,9 +253,24 @@ def compare_runs(
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
     data = first.unseen.data
-    about = f"{data.source}{data.unread}. {parts.words}"
+    about = f"{data.source}{data.unread}. {parts.words}{_own_weights(how.get('static') or {})}"
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
+
+
+def _own_weights(static: Mapping[str, Any]) -> str:
+    """How the images of smaller networks are normalised whose weights came from a file, which may want others; a blank before each."""
+    found = []
+    for name, network in static.items():
+        source = network.source if isinstance(network, Backbone) else None
+        if source is None or "file" not in (source["weights"] or {}):
+            continue
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (network.input.mean, network.input.std))
+        found.append(
+            f" {name} takes images normalised by mean {mean} and std {std}, as {source['library']} has it for that name: weights "
+            "that were trained with others are better than it seems here."
+        )
+    return "".join(found)
 
 
 def _times(

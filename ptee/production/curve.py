@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import number_of, table, threshold_words
-from ptee._common.validation import FrozenConfig, Name, Number, Whole
+from ptee._common.validation import LARGEST_LIMIT, FrozenConfig, Name, Number, Whole
 from ptee.production.few_images import hidden
 
 MOST_POINTS = 1000
@@ -130,7 +130,7 @@ class Curve(_Record):
 class Wish(FrozenConfig):
     """One limit, of which the others are None."""
 
-    max_cost: Annotated[Number, Field(gt=0)] | None = None
+    max_cost: Annotated[Number, Field(gt=0, lt=LARGEST_LIMIT)] | None = None
     max_drop: Annotated[Number, Field(gt=-1, lt=1)] | None = None
     max_fidelity_drop: Annotated[Number, Field(ge=0, lt=1)] | None = None
     max_time_ms: Annotated[Number, Field(gt=0)] | None = None

@@ -27,6 +27,7 @@ from ptee.exits.config import NEVER
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
+from ptee.model.production import SLIPS
 from ptee.model.thresholds import Thresholds
 from ptee.recording.buckets import Buckets
 from ptee.recording.budget import GIB
@@ -86,7 +87,7 @@ class OptimizedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are the model's."""
-        if isinstance(getattr(EarlyExitModel, name, None), property) or name in SETTINGS:
+        if isinstance(getattr(EarlyExitModel, name, None), property) or name in (*SETTINGS, *SLIPS):
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)

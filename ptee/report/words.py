@@ -19,6 +19,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.report.reported import Reported
 from ptee.tuning.config import describe_thresholds
+from ptee.tuning.tune import uncertainty
 
 Rows = list[tuple[str, ...]]
 
@@ -88,7 +89,7 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
     yield f"Of {number_of(n, 'image')} that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
     if (target := of.target) is not None:
-        yield _kept(of, own, target)
+        yield _kept(of, own, target, n)
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
 
@@ -118,8 +119,8 @@ def _asked(target: Mapping[str, Any]) -> str:
     return f"The thresholds were chosen {words}"
 
 
-def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any]) -> str:
-    """What was asked for, and whether it was kept on these images."""
+def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], n: int) -> str:
+    """What was asked for, and whether it was kept on these n images."""
     done, words, bare, unit = WISHES[target["kind"]][1], _asked(target), _bare(of), target["unit"]
     if target["kind"] == "max_drop" and (bare is None or own.accuracy is None):
         return f"{words}."
@@ -128,7 +129,9 @@ def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any]) -> str:
     drop = (bare or 0) - (own.accuracy or 0)
     found = {"max_drop": drop, "max_fidelity_drop": 1 - own.fidelity, "max_cost": own.cost}[target["kind"]]
     kept = "kept" if found <= target["limit"] + ROUNDING else "missed"
-    return f"{words}. On these images {abs(found):.4f} was {'gained' if found < 0 else done}: {kept}."
+    some_leave = own.right[-1] + own.wrong[-1] < 1 - ROUNDING and target["kind"] != "max_cost"
+    interval = f" (95 % interval ± {uncertainty(own.fidelity, n):.4f})" * some_leave
+    return f"{words}. On these images {abs(found):.4f} was {'gained' if found < 0 else done}{interval}: {kept}."
 
 
 def recorded_verdict(of: Reported) -> Iterator[str]:

@@ -24,7 +24,7 @@ from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import answering_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
-from ptee.training.config import TOGETHER, TrainingConfig
+from ptee.training.config import TOGETHER, TrainingConfig, of_another_training, other_settings
 from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
@@ -133,15 +133,9 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
         name for name in {**training, **written} if not DATA.get(name, eq)(written.get(name), training.get(name))
     ]
     if differing:
-        other = [
-            f"{name} {written.get(name)!s:.60} (now {training.get(name)!s:.60})"
-            for name in differing
-            if name not in DATA
-        ]
-        words = [f"with {', '.join(other)}"] * bool(other)
+        words = other_settings(written, training, [name for name in differing if name not in DATA])
         words += [f"on other data ({_other_data(written, training)})"] * any(name in DATA for name in differing)
-        text = f"{path} belongs to a training {' and '.join(words)}. Use the same settings and data, or delete it."
-        raise RunError(text, argument="checkpoint")
+        raise of_another_training(path, words)
     return reached
 
 

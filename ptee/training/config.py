@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, PteeError, RunError
 from ptee._common.validation import BATCH_SIZE, FrozenConfig, Number, Whole, YesNo
 
 OPERATIONS: Literal["operations"] = "operations"
@@ -33,6 +35,8 @@ BACKBONE_WORDS = (
 )
 # The weights of the optimizer's learning rate and weight decay where none are given.
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
+# Settings of which a recipe alone says what they will be in the training.
+TELLING = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 
 
@@ -247,6 +251,18 @@ def epochs_for(images: int, batch_size: int) -> int:
 def shift_for(input_size: tuple[int, int, int]) -> int:
     """How many pixels "auto" means for images (c, h, w), if some head reads maps."""
     return min(input_size[1:]) // SHIFTED_PART
+
+
+def other_settings(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """With which of these settings another training was begun, in words; empty if there are none."""
+    others = [f"{name} {then.get(name)!s:.60} (now {now.get(name)!s:.60})" for name in names]
+    return [f"with {', '.join(others)}"] * bool(others)
+
+
+def of_another_training(checkpoint: Path, words: Sequence[str]) -> RunError:
+    """The error of a checkpoint that does not belong to the training that is to go on."""
+    text = f"{checkpoint} belongs to a training {' and '.join(words)}. Use the same settings and data, or delete it."
+    return RunError(text, argument="checkpoint")
 
 
 def _clash(name: str, value: Any, needs: str, given: str) -> PteeError:

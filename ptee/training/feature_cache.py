@@ -78,19 +78,21 @@ class Estimate:
         shapes: of each head's input for one sample, and of the logits.
         dtype: in which they were computed.
         views: of each sample.
+        mirror: view 1 is the mirror image.
     """
 
     samples: int
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     views: int = 1
+    mirror: bool = False
 
     @classmethod
-    def of(cls, reading: Reading, samples: int, views: int = 1) -> Estimate:
+    def of(cls, reading: Reading, samples: int, views: int = 1, mirror: bool = False) -> Estimate:
         """The estimate for so many samples, from one batch of them."""
         tensors = (*reading.inputs, reading.logits)
         dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-        return cls(samples, tuple(t.shape[1:] for t in tensors), dtype, views)
+        return cls(samples, tuple(t.shape[1:] for t in tensors), dtype, views, mirror)
 
     @property
     def rows(self) -> int:
@@ -118,7 +120,10 @@ class Estimate:
     @property
     def images(self) -> str:
         """Number of images and views, in words."""
-        return number_of(self.samples, "image") + (f" in {self.views} views each" if self.views > 1 else "")
+        crops = self.views - 1 - self.mirror
+        kinds = ["itself", *["its mirror image"] * self.mirror, *[number_of(crops, "crop")] * bool(crops)]
+        words = f" in {self.views} views each ({', '.join(kinds[:-1])} and {kinds[-1]})" if self.views > 1 else ""
+        return number_of(self.samples, "image") + words
 
     def __str__(self) -> str:
         where = "in memory" if self.in_memory else "on disk until the training ends"
@@ -238,7 +243,8 @@ def fill(
         with around():
             reading = model.read(model.prepared(images))
         if cache is None:
-            cache = Cache(Estimate.of(reading, len(data), views.views if views else 1), views)
+            kinds = (views.views, views.mirror) if views else ()
+            cache = Cache(Estimate.of(reading, len(data), *kinds), views)
             if callback is not None:
                 with tqdm.external_write_mode():  # or it would be printed behind the bar
                     callback(cache.estimate)

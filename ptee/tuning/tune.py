@@ -163,7 +163,7 @@ def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:
     """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
-    interval = f"(95 % interval ± {_uncertainty(own['fidelity'], n):.4f})"
+    interval = f"(95 % interval ± {uncertainty(own['fidelity'], n):.4f})"
     if results["leaving"][-1] == 1 and solution.blend is None:  # the answers are the backbone's
         interval = "(no image left early)"
     if target.kind == "max_cost" and solution.score.time is not None:
@@ -183,7 +183,7 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[st
     return f"Target: {target}. {outcome}: {words}.", bool(missed)
 
 
-def _uncertainty(fidelity: float, n: int) -> float:
+def uncertainty(fidelity: float, n: int) -> float:
     """Half the width of a 95 % interval of what is lost, on n images.
 
         1.96 sqrt(p / (n + 4)),  p = (n (1 - fidelity) + 2) / (n + 4)

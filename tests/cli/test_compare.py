@@ -14,6 +14,7 @@ from command import BRIEF, MODEL, SHORT, assert_refused, edited, files, read_jso
 from safetensors.torch import save_file
 
 from ptee._common.errors import PteeError
+from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD
 from ptee.backbones.load import load_backbone
 from ptee.cli.runs import compare
 from ptee.cli.values import names_of, static_networks
@@ -39,6 +40,16 @@ def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, thi
     assert len(lines["cifar_resnet8"]) == 1
     assert len(found["verdict"]) == 2
     assert files(finished) == before
+
+
+def test_a_smaller_network_with_weights_of_ones_own_is_said_to_take_images_as_its_library_has_it(run, finished, things):
+    edited(finished, lambda config: config["backbone"]["input"].update(mean=[0.25, 0.5, 0.5]))  # as after --mean
+    done = run("compare", finished, "--static", f"cifar_resnet20={things / 'weights.safetensors'}", "--drops", "0.5")
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    assert (
+        f"cifar_resnet20 takes images normalised by mean {mean} and std {std}, as timm has it for that name" in done.out
+    )
+    assert "normalised" not in run("compare", finished, "--drops", "0.5").out
 
 
 def test_compare_prints_a_table_for_people(run, finished, things):

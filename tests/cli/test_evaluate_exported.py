@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from command import assert_refused, pictures
 from small import made
 
 import ptee
+from ptee.deploy.export import sign
 
 pytestmark = pytest.mark.cpu("what is exported is the same on every device")
 NAMES = ["bird", "cat", "dog", "frog"]
@@ -49,3 +51,13 @@ def test_what_to_do_about_labels_is_said_as_it_is_typed(exported, run):
     done = run("evaluate", exported, "--data", pictures(Path("images"), ["a", "b"], 2))
     assert done.status == 0
     assert "cannot be mapped" in done.out and "(--classes FILE)" in done.out
+
+
+def test_fidelity_to_a_backbone_in_whole_numbers_is_called_that(exported, run):
+    images = pictures(Path("images"), NAMES, 2)
+    assert "int8" not in run("evaluate", exported, "--data", images).out
+    values = json.loads((exported / "manifest.json").read_text())
+    small = Path(shutil.copytree(exported, "small"))
+    sign(small, values | {"int8": {"calibrated_on": 2, "compared_on": 2, "measured": []}})
+    done = run("evaluate", small, "--data", images)
+    assert "The backbone is that of these files, in int8. ptee export compared with the one in float32" in done.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,19 @@ def test_a_resumption_is_refused_where_any_picture_of_the_training_was_replaced_
             refused += 1
     assert refused == 11  # of 12: one was drawn for calibration
     assert run(*words, "--resume", "--out", "out").status == 0
+
+
+def test_a_resumption_with_other_settings_is_refused_before_anything_is_loaded(run, known, interrupt, monkeypatch):
+    words = ("augment", *known, *SHORT, "--out", "out")
+    interrupt(2)
+    run(*words)
+    for module in ("ptee.pipeline.fit", "ptee.backbones.load"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for more, said in ((("--epochs", 5), r"epochs 2 \(now 5\)"), (("--seed", 7), r"seed 0 \(now 7\)")):
+        done = run(*words, *more, "--resume")
+        assert_refused(
+            done, rf"belongs to a training with {said}\. Use .*--overwrite in place of --resume, or another --out"
+        )
 
 
 def test_a_resumption_with_other_settings_is_refused_and_the_checkpoint_kept(run, known, interrupt):

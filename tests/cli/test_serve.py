@@ -43,6 +43,8 @@ def test_a_port_in_use_is_refused_before_the_model_is_opened(exported, run):
             ["--threshold", "70%"],
             r"^--threshold is no option of this command\. A request may bring its own, as /predict\?threshold=0\.7",
         ),
+        (["--max-threshold", "70"], r"70\.0 is not in the range -1<=x<=2\. Did you mean 0\.7\?"),
+        (["--max-threshold", "3"], r"3\.0 is not in the range -1<=x<=2\.$"),
         (["--max-threshold", "70%"], r"Did you mean 0\.7\?"),
         (["--port", "70000"], "70000"),
         (["--max-batch", "0"], "0"),

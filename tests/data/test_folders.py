@@ -202,6 +202,14 @@ def test_a_single_class_folder_is_refused_with_the_folder_above(tmp_path):
         opened(folder / "pets" / "cat")
 
 
+def test_a_class_folder_of_one_part_is_refused_with_the_folder_that_holds_all_parts(tmp_path):
+    folder = write_folder(
+        tmp_path, [f"pets/{part}/{name}/0.png" for part in ("train", "val") for name in ("cat", "dog")]
+    )
+    with pytest.raises(DataError, match=r"lie in no class folder\. Did you mean the folder above: .*/pets\? If"):
+        opened(folder / "pets" / "train" / "cat")
+
+
 @pytest.mark.parametrize("names", [["pets/val/a/0.png", "pets/val/b/1.png"], ["pets/pets/test/a/0.png"]])
 def test_a_folder_around_validation_images_is_not_taken_for_a_class(names, tmp_path):
     with pytest.raises(DataError, match=r"did you mean '.*pets' \((val|test)\)\?"):

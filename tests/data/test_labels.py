@@ -50,6 +50,13 @@ def test_names_become_the_backbones_classes_and_the_reason_is_said(class_names, 
     assert re.search(said, reason) and "\n" not in reason
 
 
+def test_a_run_records_the_names_of_all_of_imagenets_classes_where_the_data_have_some_of_them(tmp_path):
+    write_folder(tmp_path, [f"{name}/{n}.png" for name in ("n01443537", "n15075141") for n in range(12)])
+    data = opened(tmp_path)
+    names = relabelled(data, map_labels(data.class_names, 1000)).split["classes"]
+    assert (len(names), names[1], names[999]) == (1000, "n01443537", "n15075141")
+
+
 def test_folders_of_numbers_get_the_classes_that_image_folder_gave_them(tmp_path):
     from torchvision.datasets import ImageFolder
 

@@ -425,7 +425,7 @@ GONE = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer,
 RUNNER = """
 import sys
 from ptee.deploy import runner
-runner._answered = lambda folder, *pictures: (["an answer"] * len(pictures), [])
+runner._answered = lambda folder, *pictures, **more: (["an answer"] * len(pictures), [])
 sys.exit(runner.main(sys.argv[1:]))
 """
 OUTPUTS = {
@@ -456,6 +456,36 @@ def test_the_runner_says_how_it_is_called_with_status_2(capsys):
     for words in ([], ["folder"]):
         assert runner_main(words) == 2
         assert capsys.readouterr().err == said
+
+
+def test_the_runner_takes_a_threshold_for_one_call(tmp_path, capsys):
+    folder = str(ptee.export(made(), tmp_path / "out"))
+    picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
+    image = str(tmp_path / "a.png")
+    for words, said in (
+        (["--threshold", "0"], "exit 0"),
+        (["--threshold=2,0"], "exit 1"),
+        (["--threshold", "2"], "end"),
+    ):
+        assert runner_main([folder, *words, image]) == 0
+        assert f", {said}" in capsys.readouterr().out
+    refused = {
+        ("--threshold", "70"): "did you mean 0.7?",
+        ("--threshold", "high"): "--threshold 'high' is no number. Give one, or one for each exit: 0.9,0.8.",
+        ("--threshold",): "is no number",
+        ("--threshold", "1,1,1"): "3 thresholds for 2 exits",
+        ("--treshold", "1"): "Unknown option '--treshold'. Did you mean '--threshold'?",
+    }
+    for more, why in refused.items():
+        assert runner_main([folder, image, *more]) == 2
+        assert why in (told := capsys.readouterr()).err and not told.out and len(told.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("slip", ["treshold", "off", "confidence"])
+def test_what_is_no_setting_of_an_exported_model_is_refused(exported, slip):
+    runner = ptee.load_exported(exported)
+    with pytest.raises(PteeError, match=f"Unknown setting of an exported model '{slip}'.* Choices: threshold"):
+        setattr(runner, slip, 0.5)
 
 
 def test_the_help_of_the_runner_has_an_example(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from images import Oracle, opened, write_folder
 from torch import nn
 
 from ptee._common.errors import Argument, DataError
-from ptee.data.labels import class_orders, relabelled
+from ptee.data.labels import class_orders, describe_labels, relabelled
 from ptee.data.splits import Data
 from ptee.evaluation.class_order import choose_class_order, labels_as_given
 
@@ -95,6 +96,18 @@ def test_classes_that_are_taken_for_each_other_are_a_doubt_though_the_rest_is_ri
 )
 def test_a_backbone_that_is_often_wrong_is_no_doubt(answers):
     assert not labels_as_given(*of_answers(answers)).doubt
+
+
+@pytest.mark.parametrize(("right", "said"), [(3, True), (6, False)], ids=["few are right", "more than half are"])
+def test_validation_images_of_which_far_fewer_are_right_than_of_training_images_are_told(right, said):
+    wrong = [[(k + 1 + i % 4) % 5 for i in range(10 - right)] + [k] * right for k in range(5)]
+    network, data = of_answers([[k] * 10 + wrong[k] for k in range(5)])
+    places = {k: [i for i, (_, truth) in enumerate(data.train) if truth == k] for k in range(5)}
+    halves = [[data.train[i] for own in places.values() for i in own[half]] for half in (slice(10), slice(10, 20))]
+    found = labels_as_given(network, replace(data, train=halves[0], validation=halves[1]))
+    assert not found.doubt
+    words = r"right on 30% of 50 validation images .* and on 100% of 50 training images: see"
+    assert bool(re.search(words, describe_labels(found))) is said
 
 
 def test_an_ordinary_backbone_of_any_accuracy_and_number_of_classes_is_not_doubted():

@@ -58,6 +58,20 @@ def test_a_card_follows_the_run_and_one_that_somebody_wrote_is_kept(tmp_path):
     assert text_of(model, tmp_path) == "mine"
 
 
+def test_a_card_has_the_numbers_of_the_thresholds_that_were_measured_last_where_they_are_kept(tmp_path):
+    model = measured()
+    data = TensorDataset(*labelled(30))
+    model.threshold = 0.25
+    assert "`ptee.evaluate(model, data, keep=True)`" in text_of(model, tmp_path)
+    found = ptee.evaluate(model, data, speed=False, keep=True)
+    text = text_of(model, tmp_path)
+    assert "On 30 images." in text and "other thresholds" not in text
+    assert (
+        f"| {found.early_exit.accuracy:.4g} | {found.early_exit.fidelity:.4g} | {found.early_exit.cost:.4g} |" in text
+    )
+    assert "- data: folder" in text
+
+
 def test_a_card_says_that_its_numbers_are_of_another_confidence_or_of_other_answers(tmp_path):
     model = measured()
     model.confidence = "max_prob"

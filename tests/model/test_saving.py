@@ -728,6 +728,25 @@ def test_a_head_of_ones_own_is_asked_for_where_it_is_not_registered(mine, tmp_pa
     assert "'mine'" in refused(tmp_path, copy.deepcopy(model.backbone), UnknownName)
 
 
+def test_weights_that_changed_after_a_network_was_loaded_are_told_when_the_run_is_saved(tmp_path, recwarn):
+    net = load_backbone("cifar_resnet20", pretrained=False).module
+    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    model = ptee.augment("cifar_resnet20", weights=tmp_path / "weights.safetensors", exits=["layer1"])
+    model.save_pretrained(tmp_path / "run")
+    again = ptee.load(tmp_path / "run")
+    again.save_pretrained(tmp_path / "again")
+    assert not [w for w in recwarn if "not those" in str(w.message)]
+    for each in (model, again):
+        each.backbone.fc.bias.data += 1
+        with pytest.warns(
+            UserWarning, match=r"of cifar_resnet20 are not .* \(1 of \d+\): fc.bias.*load\(FOLDER, backbone"
+        ):
+            each.save_pretrained(tmp_path / "changed")
+        with pytest.raises(RunError, match=r"fc\.bias"):
+            ptee.load(tmp_path / "changed")
+        assert ptee.load(tmp_path / "changed", backbone=copy.deepcopy(each).detach()).exits
+
+
 @pytest.fixture
 def named(tmp_path) -> tuple[Path, Path]:
     """A run on a named backbone, and the file of that backbone's weights."""

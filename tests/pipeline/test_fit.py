@@ -556,3 +556,19 @@ def test_a_finished_run_is_tuned_again_in_python_and_not_by_a_command(tmp_path):
     with pytest.raises(RunError, match=r"ptee\.tune\(ptee\.load") as error:
         fit(network(), images(60), out=tmp_path / "run", resume=True)
     assert "ptee tune" not in str(error.value)
+
+
+def test_a_backbone_that_is_far_less_right_on_validation_images_is_told_before_the_training(monkeypatch):
+    net, n = network().eval(), torch.arange(160)
+    x = torch.randn(160, *SIZE, generator=seeded(0))
+    with torch.no_grad():
+        own = net(x).argmax(1)
+    other = torch.where(n % 5 < 2, own, (own + 1 + n % 3) % K)
+    monkeypatch.setattr(fitting, "fit_backbone", lambda *_: None)
+    with pytest.warns(UserWarning, match=r"right on 40% of 60 validation images .* on 100% of 90 training images"):
+        fit(net, TensorDataset(x[:100], own[:100]), val_data=TensorDataset(x[100:], other[100:]))
+
+
+def test_a_class_in_place_of_a_network_is_refused_before_the_data_are(tmp_path):
+    with pytest.raises(PteeError, match=r"not a class\. Give an instance: Linear\(\)"):
+        fit(nn.Linear, [1, 2])

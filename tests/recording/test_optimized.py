@@ -540,3 +540,9 @@ def test_without_a_compiler_it_is_said_what_to_install_or_which_mode_to_take(tmp
     assert one == again
     assert "C++ compiler" in one
     assert one.endswith("Install that, or give mode='eager'.")
+
+
+def test_a_setting_that_is_mistyped_is_refused_as_of_the_model_itself():
+    fast = ptee.optimize(made(), max_batch=1)
+    with pytest.raises(PteeError, match=r"has no treshold\. Did you mean model\.threshold\?"):
+        fast.treshold = 0.7

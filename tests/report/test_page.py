@@ -83,7 +83,10 @@ def test_a_run_that_missed_its_target_says_so(evil):
 
     def says(**changes: object) -> bool:
         metrics = {"results": {"tuning": tuning | changes}}
-        return any("was lost: missed." in words for words in parts(replace(evil, metrics=metrics))[0].words)
+        words = " ".join(parts(replace(evil, metrics=metrics))[0].words)
+        n = evil.traces.answers.shape[1]
+        p = (n * (1 - evil.own.fidelity) + 2) / (n + 4)
+        return f"was lost (95 % interval ± {1.96 * (p / (n + 4)) ** 0.5:.4f}): missed." in words
 
     assert says()
     assert not says(threshold=[0.1, 0.2])  # others were set since

@@ -281,3 +281,19 @@ def test_a_size_that_is_printed_does_not_end_up_behind_the_bar(monkeypatch):
 )
 def test_a_size_reads_well_whether_it_is_small_or_large(samples, words):
     assert words in str(Estimate(samples, (torch.Size([240]), torch.Size([10])), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("views", "mirror", "words"),
+    [
+        (1, True, "once over 9 images. What"),
+        (2, True, "9 images in 2 views each (itself and its mirror image)"),
+        (2, False, "9 images in 2 views each (itself and 1 crop)"),
+        (6, True, "9 images in 6 views each (itself, its mirror image and 4 crops)"),
+    ],
+)
+def test_what_the_views_of_an_image_are_is_said(views, mirror, words):
+    said: list[Estimate] = []
+    shown = Views(images(9), views, mirror=mirror)
+    fill(early().eval(), shown, batch_size=16, around=nullcontext, callback=said.append).close()
+    assert words in str(said[0])
