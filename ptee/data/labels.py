@@ -39,10 +39,8 @@ def near_chance(right: float, n: int, num_classes: int) -> str:
     return f"The backbone is right on {right:.1%} of {n:,} images, and would be on {chance:.1%} by chance"
 
 
-HALF_AS_RIGHT, SURE = (
-    0.5,
-    3.5,
-)  # no usual gap between training and validation images; standard deviations that are no luck
+HALF_AS_RIGHT = 0.5  # more than the usual gap between training and validation images
+SURE = 3.5  # standard deviations that are no luck
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,8 @@ class LabelMap:
     classes: tuple[str, ...] | None = None  # names of all of the backbone's classes in its order, if the data tell them
     doubt: str = ""  # a sentence, if the backbone is hardly better than chance under these labels, or exchanges classes
     remedy: Advice = ()  # what to do about missing or doubtful labels
-    right: Mapping[str, tuple[float, int]] = field(
-        default_factory=dict
-    )  # by part: of how many images which share is right
+    # by part of the data: the share on which the backbone is right, and of how many images
+    right: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
     def gap(self) -> str:

@@ -29,11 +29,8 @@ from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
 # Why not accelerate's save_state: it pickles the optimizer and the random states, and ptee unpickles nothing that lies on a disk.
-DATA = {
-    "data": eq,
-    "samples": same_samples,
-    "pictures": same_samples,
-}  # how what `describe_training` says of them is compared
+# How what `describe_training` says of the data is compared.
+DATA = {"data": eq, "samples": same_samples, "pictures": same_samples}
 
 
 @dataclass(frozen=True)

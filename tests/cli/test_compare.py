@@ -44,10 +44,10 @@ def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, thi
 
 def test_a_smaller_network_with_weights_of_ones_own_is_said_to_take_images_as_its_library_has_it(run, finished, things):
     edited(finished, lambda config: config["backbone"]["input"].update(mean=[0.25, 0.5, 0.5]))  # as after --mean
-    done = run("compare", finished, "--static", f"cifar_resnet20={things / 'weights.safetensors'}", "--drops", "0.5")
+    done = run("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
     assert (
-        f"cifar_resnet20 takes images normalised by mean {mean} and std {std}, as timm has it for that name" in done.out
+        f"cifar_resnet8 takes images normalised by mean {mean} and std {std}, as timm has it for that name" in done.out
     )
     assert "normalised" not in run("compare", finished, "--drops", "0.5").out
 
