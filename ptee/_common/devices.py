@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from ptee._common.errors import DeviceError, PteeError, first_line
 from ptee._common.text import shown
 
 T = TypeVar("T")
+# Held by a thread that records CUDA graphs, one at a time. Whoever waits for the whole GPU meanwhile breaks the recording.
+RECORDING = threading.Lock()
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *PLACE)  # what torchrun puts into the environment
 MPI = (  # what MPI's launchers put there, and accelerate reads
@@ -34,8 +37,11 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
         device = None
     if device is not None and device.type == "cpu":
         return torch.device("cpu")
-    if device is not None and device.index is None:
-        device = torch.device(device.type, 0)
+    if (
+        device is not None and device.index is None
+    ):  # the current one: CUDA has begun where another than the first was chosen
+        current = torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_initialized() else 0
+        device = torch.device(device.type, current)
     if device is None or str(device) not in there:
         text = f"There is no device {shown(str(name) if isinstance(name, str | int | float | torch.device) else name)} on this machine. Possible: {', '.join(there)}."
         raise DeviceError(text, argument="device", value=name)
@@ -96,7 +102,11 @@ def process_state(**how: Any) -> Any:
         PteeError: if the environment says that there are several, and not how to reach them.
     """
     from accelerate.state import PartialState
+    from accelerate.utils import parse_flag_from_env
 
+    how.setdefault(
+        "cpu", parse_flag_from_env("ACCELERATE_USE_CPU")
+    )  # of `accelerate launch --cpu`; PartialState does not read it
     given = {name: os.environ[name] for name in (*LAUNCH, *MPI) if name in os.environ}
     try:
         return PartialState(**how)
@@ -148,7 +158,8 @@ def _state_on(device: str | torch.device | None) -> Iterator[torch.device]:
 
     shared = (PartialState._shared_state, AcceleratorState._shared_state)
     before = [dict(state) for state in shared]
-    alone = process_state().num_processes == 1
+    on_cpu = {"cpu": True} if str(device).startswith("cpu") else {}  # else several processes would meet on the GPUs
+    alone = process_state(**on_cpu).num_processes == 1
     try:
         if alone:
             chosen = resolve_device(device)
@@ -191,4 +202,5 @@ def accelerator_on(device: str | torch.device | None, precision: str) -> Iterato
 def wait(device: torch.device) -> None:
     """Return when the device has finished its work."""
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        with RECORDING:
+            torch.accelerator.synchronize(device)

@@ -218,12 +218,18 @@ def own_random_numbers(seed: int | None = None, *, wait: bool = True) -> Iterato
             _RANDOM.release()
 
 
-def _forked() -> AbstractContextManager[None]:
-    """Those of GPUs, too, once there are some: a seed is for all of them."""
+@contextmanager
+def _forked() -> Iterator[None]:
+    """Those of GPUs go on, too: a seed is for all of them, and where CUDA has not begun yet, torch keeps it until then."""
     import torch
 
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return torch.random.fork_rng(devices=gpus)
+    begun = torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if begun else ()):
+            yield
+    finally:
+        if not begun:
+            torch.cuda.manual_seed_all(torch.initial_seed())  # the user's again
 
 
 # ---------------------------------------------------------------------------------------------------- closed or full streams

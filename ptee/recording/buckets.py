@@ -112,6 +112,7 @@ class Buckets(ABC):
         self._stream: torch.cuda.Stream | None = None  # of the call before
         self._buckets: dict[int, Bucket] = {}
         self._refused: dict[int, str] = {}  # sizes that cannot be recorded, and why
+        self._no_room: set[int] = set()  # sizes that no batch moves to any more, because the GPU was full
         self._needs: dict[int, int] = {}  # bytes of each size
         self.budget = Budget(self.device, None)
         self.check: Callable[[Buckets, int], None] | None = None
@@ -172,11 +173,16 @@ class Buckets(ABC):
     def _smaller(self, rows: int, bucket: Bucket) -> Bucket:
         """The bucket for so many rows. Where there is no memory for it, or it cannot be recorded, the one in which they are."""
         size = self._size_for[rows - 1]
-        if size in self._refused or not (self.has_recorded(rows) or self.budget.allows(lambda: self.memory_for(size))):
+        if self.has_recorded(rows):
+            return self._buckets[size]
+        if size in self._refused or size in self._no_room:
             return bucket
         try:
-            return self.bucket_for(rows)
-        except PteeError:
+            return self.bucket_for(rows) if self.budget.allows(lambda: self.memory_for(size)) else bucket
+        except torch.OutOfMemoryError:
+            self._no_room.add(size)
+            return bucket
+        except PteeError:  # it is refused from now on
             return bucket
 
     def __call__(
@@ -315,6 +321,14 @@ class Buckets(ABC):
     # -------------------------------------------------------------------------------------------- recording
 
     def _recorded(self, size: int) -> Bucket:
+        try:
+            return self._recorded_once(size)
+        except PteeError as why:
+            if not isinstance(why.__cause__, torch.AcceleratorError):
+                raise
+        return self._recorded_once(size)  # another thread, which waited for the whole GPU, may have broken it
+
+    def _recorded_once(self, size: int) -> Bucket:
         bucket = self._empty(size)
         with torch.no_grad(), self._in_words(bucket):
             self._record(bucket)

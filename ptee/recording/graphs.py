@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# CUDA records for one thread of a process at a time. Whoever waits for the whole GPU meanwhile breaks the recording.
-_ONE_AT_A_TIME = threading.Lock()
+from ptee._common.devices import RECORDING
 
 
 class Recorder(Protocol):
@@ -76,7 +74,7 @@ class Graphs:
             begin()
 
         current = torch.cuda.current_stream()
-        with _ONE_AT_A_TIME:
+        with RECORDING:
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 for _ in range(2):  # libraries choose their algorithms and take their memory before the recording
@@ -107,7 +105,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 def give_back() -> None:
     """Give back all memory that torch only keeps."""
-    with _ONE_AT_A_TIME:  # a recording could break
+    with RECORDING:  # a recording could break
         torch.cuda.empty_cache()
 
 

@@ -34,9 +34,12 @@ def energy_meter(device: torch.device) -> Meter | None:
 
 def joules_of(call: Callable[[], object], meter: Meter, device: torch.device, seconds: float = SECONDS) -> float:
     """The mean of one call, repeated for so many seconds. What the device takes for itself meanwhile is part of it."""
-    calls, before, start = 0, meter(), time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < seconds:
+    with torch.inference_mode():  # as where calls are timed: in another mode torch.compile compiles again
         call()
         wait(device)
-        calls += 1
-    return (meter() - before) / calls
+        calls, before, start = 0, meter(), time.perf_counter()
+        while calls == 0 or time.perf_counter() - start < seconds:
+            call()
+            wait(device)
+            calls += 1
+        return (meter() - before) / calls

@@ -71,6 +71,31 @@ def test_one_of_several_processes_that_does_not_know_the_others_is_refused(words
     assert line.endswith("unset " + " ".join(name for name in LAUNCH if name in given))
 
 
+@pytest.mark.usefixtures("as_new")
+def test_processes_on_the_cpu_do_not_meet_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as `accelerate launch --cpu` does
+    assert process_state()._cpu
+    asked, ask = [], process_state
+    monkeypatch.setattr(devices, "process_state", lambda **how: asked.append(how) or ask(**how))
+    with accelerator_on("cpu", "no"):
+        assert asked[0] == {"cpu": True}
+
+
+def test_a_gpu_without_a_number_is_the_one_that_was_chosen(monkeypatch):
+    cuda = {"is_initialized": lambda: True, "current_device": lambda: 1}
+    accelerator = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda: torch.device("cuda"),
+        "device_count": lambda: 2,
+    }
+    for place, fakes in ((torch.cuda, cuda), (torch.accelerator, accelerator)):
+        for name, fake in fakes.items():
+            monkeypatch.setattr(place, name, fake)
+    assert resolve_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert resolve_device("cuda") == torch.device("cuda", 0)
+
+
 def test_a_rank_alone_is_that_of_a_scheduler_and_no_launch(monkeypatch):
     for name in LAUNCH:
         monkeypatch.delenv(name, raising=False)

@@ -235,3 +235,13 @@ def test_random_numbers_go_on_as_if_none_had_been_drawn():
     with own_random_numbers(wait=False):
         torch.rand(2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.cpu("its random numbers are kept themselves")
+def test_a_gpu_that_is_used_later_begins_with_the_seed_of_the_user(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(42)
+    with own_random_numbers(0):
+        torch.manual_seed(7)
+    assert seeds[-1] == 42

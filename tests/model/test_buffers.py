@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device import seeded
 from tiny import as_it_was
 from torch import Tensor, nn
 
@@ -261,7 +262,7 @@ class Positions(Blocks):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        positions = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        positions = torch.randn(1, 3, 16, 16, generator=seeded())
         if kind == "buffer":
             self.register_buffer("positions", positions)
         else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.process import own_random_numbers
+from ptee.analysis.arithmetic import exact_arithmetic, tolerance
 from ptee.backbones.load import load_backbone
 from ptee.timing.backbone import time_of_modules
 from ptee.timing.benchmark import bench
@@ -67,16 +68,19 @@ def test_a_pass_in_another_thread_is_whole_and_disturbs_nothing(work):
     features = torch.randn(2, 8)
     never = [True, False, True, False, False, False]
     thresholds = torch.tensor(never)[:, None] * 2.0
-    want, alone, result = net(images), model.predict(images, thresholds), work(net)
+    with exact_arithmetic:  # in which a GPU computes for all threads while one plans
+        want, alone = net(images), model.predict(images, thresholds)
+    result = work(net)
+    near = tolerance(images.dtype, images.device)
     answers = []
     net.meanwhile = lambda: answers.append((net.fc(features), net(images), model.predict(images, thresholds)))
     with torch.no_grad():
         assert work(net) == result
     assert answers
     for _, bare, left in answers:
-        assert torch.equal(bare, want)
+        torch.testing.assert_close(bare, want, rtol=near, atol=near)
         assert torch.equal(left.exit_index, alone.exit_index)
-        torch.testing.assert_close(left.logits, alone.logits)
+        torch.testing.assert_close(left.logits, alone.logits, rtol=near, atol=near)
 
 
 def test_a_pass_in_another_thread_goes_on_where_that_of_a_benchmark_ends():

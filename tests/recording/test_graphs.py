@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ptee._common.devices import wait
 from ptee.recording.graphs import Graphs, dense
 
 pytestmark = pytest.mark.cpu("a stand-in is in the place of CUDA")
@@ -84,6 +85,22 @@ def test_one_thread_records_at_a_time(calls):
     for thread in threads:
         thread.join()
     assert calls.index("second") > max(i for i, call in enumerate(calls) if call == "first")
+
+
+def test_who_waits_for_the_whole_gpu_waits_until_nothing_is_recorded(calls, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append("waited"))
+    begun, go_on = threading.Event(), threading.Event()
+    recording = threading.Thread(target=Graphs().record, args=(lambda: (begun.set(), go_on.wait(10)),))
+    recording.start()
+    begun.wait(10)
+    waiting = threading.Thread(target=wait, args=(torch.device("cuda"),))
+    waiting.start()
+    waiting.join(0.2)
+    assert "waited" not in calls
+    go_on.set()
+    for thread in (recording, waiting):
+        thread.join()
+    assert calls[-2:] == ["replay", "waited"]
 
 
 def test_an_expanded_tensor_gets_a_place_for_each_number():

@@ -368,6 +368,43 @@ def test_rows_go_on_in_the_larger_size_where_a_smaller_one_answers_otherwise(x):
     assert len(fast._buckets._refused) == 1
 
 
+class Failing(Rerun):
+    """Fails from one recording on, so many times."""
+
+    def __init__(self, first: int, times: int, why: type[Exception]) -> None:
+        self.first, self.left, self.why, self.recordings = first, times, why, 0
+
+    def record(self, work: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+        self.recordings += 1
+        if self.recordings >= self.first and self.left:
+            self.left -= 1
+            raise self.why("CUDA error")
+        return super().record(work)
+
+
+def test_rows_go_on_in_the_larger_size_where_the_gpu_is_too_full_for_a_smaller_one(x):
+    fast = ptee.optimize(made(), mode="eager")
+    fast._buckets._recorder = Failing(4, 99, torch.OutOfMemoryError)  # of the second size on
+    require_same(fast, fast.model, x, spread(fast.model, x))
+    tried = fast._buckets._recorder.left
+    require_same(fast, fast.model, x, spread(fast.model, x))
+    assert len(fast._buckets._buckets) == 1
+    assert fast._buckets._recorder.left == tried < 99, "no batch moves to that size again"
+    fast._buckets._recorder.left = 0
+    require_same(fast, fast.model, x[:7])
+
+
+@pytest.mark.parametrize(("times", "works"), [(1, True), (2, False)])
+def test_a_recording_that_something_else_on_the_gpu_broke_is_tried_once_more(x, times, works):
+    fast = ptee.optimize(made(), mode="eager")
+    fast._buckets._recorder = Failing(1, times, torch.AcceleratorError)
+    if works:
+        require_same(fast, fast.model, x)
+        return
+    with pytest.raises(PteeError, match=r"^Batches of 40 cannot be recorded .*CUDA error\.$"):
+        fast.predict(x)
+
+
 class Gated(nn.Module):
     """Hands a gate on past the exit that is expanded: many places in it are one number in memory."""
 
@@ -425,7 +462,7 @@ def test_a_model_in_training_mode_is_refused(x):
         with pytest.raises(PteeError, match="eval mode"):
             fast.predict(x)
         fast.model.eval()
-        assert torch.equal(fast.predict(x).logits, fast.model.predict(x).logits)
+        require_same(fast, fast.model, x)
 
 
 def test_an_answer_holds_no_more_than_its_rows(x):

@@ -64,6 +64,17 @@ def test_the_energy_of_a_call_is_the_mean_over_the_calls(gpu, seconds):
     assert joules_of(call, lambda: gpu.millijoules / 1000, torch.device("cpu"), seconds) == 5.0
 
 
+def test_energy_is_measured_as_time_is_and_after_a_first_call_which_may_compile(gpu):
+    modes = []
+
+    def call() -> None:
+        gpu.millijoules += 5000 if modes else 10**6
+        modes.append(torch.is_inference_mode_enabled())
+
+    assert joules_of(call, lambda: gpu.millijoules / 1000, torch.device("cpu"), 0) == 5.0
+    assert all(modes)
+
+
 def test_bench_shows_energy_where_there_is_a_meter(monkeypatch):
     spent = iter(range(10**9))
     monkeypatch.setattr(run_bench, "energy_meter", lambda device: lambda: next(spent))

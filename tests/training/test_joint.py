@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from device import seeded
 from learning import EXITS, SIZE, Interrupted, K, Net, data, fit, images, made, on, same, stopping
 from tiny import one_line
 from torch import Tensor, nn
@@ -117,8 +118,7 @@ def from_a_name(tmp_path):
     model = ptee.augment(
         "cifar_resnet8", pretrained=False, exits=["layer1", "layer2"], head="pool", input_size=(3, 16, 16)
     )
-    generator = torch.Generator().manual_seed(0)
-    set_ = TensorDataset(torch.randn(16, 3, 16, 16, generator=generator), torch.arange(16) % 10)
+    set_ = TensorDataset(torch.randn(16, 3, 16, 16, generator=seeded()), torch.arange(16) % 10)
     fit(model, set_, **JOINT, epochs=1)
     model.save_pretrained(tmp_path)
     return tmp_path, model
