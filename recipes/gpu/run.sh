@@ -16,18 +16,13 @@ keep() { # file command...: the command's output, shown and kept; ends all if th
     cat "$file"
 }
 
-# Untrained networks in half precision: as CUDA graphs, and compiled.
-keep graphs.txt python recipes/gpu/speed.py --mode graphs
-keep compile.txt python recipes/gpu/speed.py --mode compile --backbone resnet50 --backbone vit_base_patch16_224 --batch 256
-
 # A trained network on real images, with exits and thresholds chosen by the seconds of each batch size.
 run=$out/resnet56
 [ -f "$run/metrics.json" ] || ptee augment --recipe recipes/cifar10/recipe.yaml --model cifar_resnet56 \
     --weights "$weights/cifar_resnet56.safetensors" --data "$data" --epochs 5 --set training.views=1 --no-speed --out "$run" --overwrite
 keep bench.txt ptee bench "$run" --device cuda --executor hooks,graphs --batch-sizes 1,32,128,512,2048 --save
-for batch in 1 32 128 512 2048; do
-    rm -rf "$run-$batch"
-    cp -r "$run" "$run-$batch"
-    keep "tune_$batch.txt" ptee tune "$run-$batch" --device cuda --max-drop 0.005 --cost time --at-batch "$batch" --no-speed
-    keep "trained_$batch.txt" python recipes/gpu/trained.py "$run-$batch" --batch "$batch"
-done
+keep trained.txt python recipes/gpu/trained.py "$run" --max-drop 0.005 --mode graphs
+
+# Untrained networks in half precision: as CUDA graphs, and compiled, which takes longest.
+keep graphs.txt python recipes/gpu/speed.py --mode graphs
+keep compile.txt python recipes/gpu/speed.py --mode compile --backbone resnet50 --backbone vit_base_patch16_224 --batch 256

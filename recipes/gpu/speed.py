@@ -42,8 +42,10 @@ Call = Callable[[], Any]
 def early_exits(name: str, exits: int) -> EarlyExitModel:
     """A model with random weights on the GPU."""
     torch.manual_seed(0)
-    model = ptee.augment(timm.create_model(name).eval(), exits="pareto", num_exits=exits, head="pool", input_size=SIZE)
-    model = model.cuda().half()
+    backbone = (
+        timm.create_model(name).eval().cuda()
+    )  # planned there, too: on a CPU that takes longer than all that follows
+    model = ptee.augment(backbone, exits="pareto", num_exits=exits, head="pool", input_size=SIZE).half()
     if CHANNELS_LAST.get(name, False):
         model.backbone.to(memory_format=torch.channels_last)
     return model

@@ -1,7 +1,8 @@
-"""How fast is a trained run on a GPU, with its own thresholds, on its own images? In half precision.
+"""How fast is a trained run on a GPU, with its own thresholds or with those for each batch size, on its own images? In half precision.
 
     python recipes/gpu/trained.py runs/r50 --data FOLDER
     python recipes/gpu/trained.py runs/r50 --batch 32 --mode graphs
+    python recipes/gpu/trained.py runs/r50 --max-drop 0.005     # thresholds and exits chosen by the seconds of each batch size
 
 It prints the time of `predict` over that of the bare backbone by the same executor, and over the bare backbone as it is.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import ptee
 from ptee.data.splits import parts_for_tuning
 from ptee.pipeline.saved_run import open_run
+from ptee.timing.times import read_times
 
 IMAGES = 2048
 BATCHES = (1, 32, 128, 512, 2048)
@@ -59,22 +61,40 @@ def line(mode: str, model: Any, fast: Any, bare: nn.Module, parts: Sequence[Tens
 @click.argument("run")
 @click.option("--data", default=None, help="The run's own images if left out.")
 @click.option("--weights", default=None, help="Of the backbone, if they are not where they were.")
+@click.option(
+    "--max-drop", default=None, type=float, help="Choose thresholds for each batch size by the seconds kept in the run."
+)
 @click.option("--mode", "modes", multiple=True, type=click.Choice([*BARE]), help="May be repeated.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, IMAGES), help="May be repeated.")
-def main(run: str, data: str | None, weights: str | None, modes: Sequence[str], batches: Sequence[int]) -> None:
+def main(
+    run: str,
+    data: str | None,
+    weights: str | None,
+    max_drop: float | None,
+    modes: Sequence[str],
+    batches: Sequence[int],
+) -> None:
     """Measure, and print a line for each batch size."""
     opened = open_run(run, data=data, weights=weights and Path(weights))
-    x, labels = images(parts_for_tuning(opened.unseen).report)
-    model = opened.model.cuda().half()
+    parts = parts_for_tuning(opened.unseen)
+    x, labels = images(parts.report)
+    whole = opened.model.cuda()
+    chosen = {}
+    for rows in batches or BATCHES if max_drop is not None else ():
+        chosen[rows] = ptee.tune(whole, parts.calibration, max_drop=max_drop, times=read_times(Path(run)).at(rows))
+    model = copy.deepcopy(whole).half()
     model.backbone.to(memory_format=torch.channels_last)
     bare = copy.deepcopy(model).detach()
-    click.echo(f"{run} on {torch.cuda.get_device_name()}: thresholds {model.threshold}, exits off {list(model.off)}")
+    click.echo(f"{run} on {torch.cuda.get_device_name()}")
     with torch.no_grad():
         for mode in modes or ("eager", "graphs"):
             fast = model if mode == "eager" else ptee.optimize(model, max_batch=IMAGES, mode=mode)
             for rows in batches or BATCHES:
-                parts = [part for part in x.split(rows) if len(part) == rows][: 64 if rows == 1 else 8]
-                click.echo(line(mode, model, fast, bare, parts, labels))
+                if rows in chosen:
+                    model.choose(chosen[rows].threshold, chosen[rows].off, chosen[rows].blend)
+                click.echo(f"thresholds {model.threshold}, exits off {list(model.off)}, answers {model.answers}")
+                some = [part for part in x.split(rows) if len(part) == rows][: 64 if rows == 1 else 8]
+                click.echo(line(mode, model, fast, bare, some, labels))
 
 
 if __name__ == "__main__":
