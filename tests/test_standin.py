@@ -64,3 +64,17 @@ def test_without_a_device_named_ptee_takes_it():
     with pytest.raises(ptee.PteeError, match="CUDA graphs need an NVIDIA GPU, and this model is on standin"):
         ptee.optimize(ptee.augment(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)),
                                    exits=["0"], input_size=(3, 8, 8)), mode="graphs")  # fmt: skip
+
+
+@only_there
+def test_random_numbers_are_drawn_with_a_generator_of_their_own_device():
+    own, of_cpu = torch.Generator(here()), torch.Generator("cpu")
+    drawn = [torch.rand(3, generator=own.manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*drawn) and drawn[0].device.type == "standin"
+    assert sorted(torch.randperm(4, generator=own).tolist()) == [0, 1, 2, 3]
+    assert torch.equal(drawn[0].cpu(), torch.rand(3, device="cpu", generator=of_cpu.manual_seed(1)))
+    for generator, device in ((of_cpu, here()), (own, torch.device("cpu"))):
+        with pytest.raises(RuntimeError, match="device type for generator but found"):
+            torch.empty(3, device=device).normal_(generator=generator)
+        with pytest.raises(RuntimeError, match="device type for generator but found"):
+            torch.randperm(3, device=device, generator=generator)

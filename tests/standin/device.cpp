@@ -61,6 +61,22 @@ struct Alloc final : c10::Allocator {
 Alloc allocator;
 REGISTER_ALLOCATOR(D, &allocator);
 
+// Random numbers of the CPU, with which only tensors of this device are drawn.
+struct Random final : c10::GeneratorImpl {
+  at::Generator of_cpu;
+  explicit Random(at::Generator g)
+      : c10::GeneratorImpl(c10::Device(D, 0), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)), of_cpu(std::move(g)) {}
+  c10::GeneratorImpl* own() const { return of_cpu.unsafeGetGeneratorImpl(); }
+  void set_current_seed(uint64_t seed) override { own()->set_current_seed(seed); }
+  void set_offset(uint64_t offset) override { own()->set_offset(offset); }
+  uint64_t get_offset() const override { return own()->get_offset(); }
+  uint64_t current_seed() const override { return own()->current_seed(); }
+  uint64_t seed() override { return own()->seed(); }
+  void set_state(const c10::TensorImpl& state) override { own()->set_state(state); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return own()->get_state(); }
+  Random* clone_impl() const override { return new Random(of_cpu.clone()); }
+};
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -71,7 +87,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
   void setCurrentDevice(c10::DeviceIndex) const override {}
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<Random>(at::detail::createCPUGenerator()); }
   at::Device getDeviceFromPtr(void*) const override { return at::Device(D, 0); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   void resizePrivateUse1Bytes(const c10::Storage& s, size_t n) const override {
@@ -177,8 +193,22 @@ void require_one_device(const c10::OperatorHandle& op, const torch::jit::Stack& 
   const bool indexing = by_index.count(name);  // x[indices]: these may lie on the CPU
   TORCH_CHECK(!here || !on_cpu || indexing, "Expected all tensors to be on the same device, but found standin:0 and cpu (", name, ")");
 }
+void take_generator_of_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t first = stack->size() - op.schema().arguments().size();
+  bool on_cpu = false;
+  for (size_t i = first; i < stack->size(); i++) on_cpu |= (*stack)[i].isTensor() && (*stack)[i].toTensor().is_cpu();
+  for (size_t i = first; i < stack->size(); i++) {
+    if (!(*stack)[i].isGenerator()) continue;
+    const at::Generator given = (*stack)[i].toGenerator();
+    if (!given.defined()) continue;
+    const auto wanted = on_cpu ? at::kCPU : D;
+    TORCH_CHECK(given.device().type() == wanted, "Expected a '", wanted, "' device type for generator but found '", given.device().type(), "'");
+    if (!on_cpu) (*stack)[i] = static_cast<Random*>(given.unsafeGetGeneratorImpl())->of_cpu;
+  }
+}
 void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   require_one_device(op, *stack);
+  take_generator_of_cpu(op, stack);
   at::native::cpu_fallback(op, stack);
 }
 }  // namespace
