@@ -49,6 +49,7 @@ from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 TRACES = "traces"  # the kind of data that were recorded before
+IN_PYTHON = "The run's thresholds were chosen in Python; whether the images for that are among these is not known."
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 
@@ -80,7 +81,10 @@ class OpenRun(NamedTuple):
 
     def left_by_tuning(self, given: bool) -> tuple[Any, str]:
         """The images that the thresholds were not chosen on, and a sentence about them. `given`: the user gives others."""
-        images, about = left_by_tuning(self.unseen, _tuned_on(self.model), given)
+        tuned = _tuned_on(self.model)
+        images, about = left_by_tuning(self.unseen, tuned, given)
+        if not tuned and not given and (self.model.results or {}).get("tuning"):
+            about = IN_PYTHON
         return images, f"{self.words} {about}".rstrip()
 
 

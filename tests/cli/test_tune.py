@@ -12,6 +12,7 @@ import torch
 from command import SHORT, assert_refused, edited, evaluated, figures, files, read_json
 from safetensors.torch import load_file
 
+import ptee
 from ptee.pipeline import saved_run
 from ptee.pipeline.recipe import make_recipe
 from ptee.tuning.solution import RISKY, Solution
@@ -170,6 +171,21 @@ def test_other_data_are_halved_too(run, finished, things):
     own = evaluated(run, finished)
     assert own["samples"] == 3
     said = f"The run's thresholds were chosen on '{things / 'two'}'; whether some of its images are among these is not known."
+    assert said in own["about"]
+    assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
+
+
+def test_of_thresholds_that_were_chosen_in_python_nobody_knows_on_which_images(run, finished):
+    model = ptee.load(finished)
+    data = [(torch.randn(model.plan.input_size), 0) for _ in range(8)]
+    ptee.tune(model, data, max_cost=0.9)
+    model.save_pretrained(finished)
+    assert (
+        "Thresholds are chosen on 8 images that ptee.tune was given in Python."
+        in Path(finished, "README.md").read_text()
+    )
+    said = "The run's thresholds were chosen in Python; whether the images for that are among these is not known."
+    own = evaluated(run, finished)
     assert said in own["about"]
     assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
 
