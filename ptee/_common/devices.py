@@ -14,8 +14,9 @@ from ptee._common.errors import DeviceError, PteeError, first_line
 from ptee._common.text import shown
 
 T = TypeVar("T")
-# Held by a thread that records CUDA graphs, one at a time. Whoever waits for the whole GPU meanwhile breaks the recording.
-RECORDING = threading.Lock()
+# Held by a thread that records CUDA graphs, one at a time, also while torch compiles for it. Whoever waits for the whole GPU
+# meanwhile breaks the recording.
+RECORDING = threading.RLock()
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *PLACE)  # what torchrun puts into the environment
 MPI = (  # what MPI's launchers put there, and accelerate reads
@@ -37,9 +38,8 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
         device = None
     if device is not None and device.type == "cpu":
         return torch.device("cpu")
-    if (
-        device is not None and device.index is None
-    ):  # the current one: CUDA has begun where another than the first was chosen
+    # The current GPU, as torch takes it; before CUDA begins, that is the first.
+    if device is not None and device.index is None:
         current = torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_initialized() else 0
         device = torch.device(device.type, current)
     if device is None or str(device) not in there:

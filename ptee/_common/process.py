@@ -220,16 +220,19 @@ def own_random_numbers(seed: int | None = None, *, wait: bool = True) -> Iterato
 
 @contextmanager
 def _forked() -> Iterator[None]:
-    """Those of GPUs go on, too: a seed is for all of them, and where CUDA has not begun yet, torch keeps it until then."""
+    """A seed is for GPUs, too. Before CUDA begins, torch keeps it for them; so the user's is given again at the end.
+
+    A seed that the user gave to GPUs alone before CUDA began cannot be asked for, and is lost then.
+    """
     import torch
 
-    begun = torch.cuda.is_initialized()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if begun else ()):
+    begun, seed = torch.cuda.is_initialized(), torch.initial_seed()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if begun else ()):
+        try:
             yield
-    finally:
-        if not begun:
-            torch.cuda.manual_seed_all(torch.initial_seed())  # the user's again
+        finally:
+            if not begun and (torch.initial_seed() != seed or torch.cuda.is_initialized()):
+                torch.cuda.manual_seed_all(seed)
 
 
 # ---------------------------------------------------------------------------------------------------- closed or full streams

@@ -70,9 +70,8 @@ class CifarResNet(nn.Module):
             raise unknown("shortcut", shortcut, SHORTCUTS)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise BackboneError(
-                f"A CIFAR ResNet has 6n+2 layers, not {depth}. Choose 8, 14, 20, 32, 44, 56, 110, or another."
-            )
+            usual = ", ".join(map(str, DEPTHS))
+            raise BackboneError(f"A CIFAR ResNet has 6n+2 layers, not {depth}. Choose {usual}, or another.")
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, WIDTHS[-1]
         self.head_hidden_size = self.num_features
         self.feature_info = [

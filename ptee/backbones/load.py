@@ -59,7 +59,7 @@ class Backbone:
         architecture: `source` without weights, also if these are random.
         learnt: its weights were trained together with the heads, so that a run must keep them.
         pixels_known: the mean and std of `input` were given, or its library knows them; else ImageNet's stand in for them.
-        hashes: `tensor_hashes` of the weights to which `source` leads; None where nobody has computed them.
+        hashes: `tensor_hashes` of the weights as they were when the exits were added, or as the run has them; None before.
     """
 
     module: nn.Module

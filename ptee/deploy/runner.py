@@ -18,7 +18,7 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line, unknown, warn
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.process import lead_nowhere, open_closed, unwritable
-from ptee._common.text import one_line, type_name
+from ptee._common.text import as_shares, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
@@ -59,7 +59,7 @@ class Runner:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A misspelt or fixed setting would be taken without a word, and change nothing."""
-        if not name.startswith("_") and name not in ("manifest", "pieces", "device") and not hasattr(type(self), name):
+        if not name.startswith("_") and name not in ("manifest", "pieces", "device", "threshold"):
             raise unknown("setting of an exported model", name, ["threshold"], argument=name)
         super().__setattr__(name, value)
 
@@ -401,7 +401,9 @@ def _without_threshold(arguments: Sequence[str]) -> tuple[list[float] | None, li
     try:
         numbers = [float(number) for number in found.split(",")]
     except ValueError as why:
-        raise PteeError(f"{THRESHOLD} {found!r:.60} is no number. Give one, or one for each exit: 0.9,0.8.") from why
+        meant = f" Did you mean {shares}?" if (shares := as_shares(found.split(","))) else ""
+        text = f"{THRESHOLD} {found!r:.60} is no number. Give one, or one for each exit: 0.9,0.8.{meant}"
+        raise PteeError(text) from why
     require_no_percentage(numbers)
     return numbers, words
 

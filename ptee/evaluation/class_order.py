@@ -163,9 +163,14 @@ def _require_recorded(
             )  # fmt: skip
 
 
+def _parts_of(data: Data) -> list[str]:
+    """The parts that hold images."""
+    return [name for name in PARTS if len(getattr(data, name))]
+
+
 def _some_images(data: Data, maps: Sequence[LabelMap]) -> Any:
     """Images from all over the data. If there are several maps, only images on whose label they differ."""
-    parts: list[Any] = [part for name in PARTS if len(part := getattr(data, name))]
+    parts: list[Any] = [getattr(data, name) for name in _parts_of(data)]
     places: Sequence[int] = range(sum(map(len, parts)))
     if len(maps) > 1:
         labels = [label for part in parts for _, label in part.rows]
@@ -201,11 +206,10 @@ def _by_part(
     data: Data, images: Any, answers: Tensor, labels: Tensor, label_map: LabelMap
 ) -> dict[str, tuple[float, int]]:
     """For each part of the data that some of these images are of: the share that is right, and of how many."""
-    names = [name for name in PARTS if len(getattr(data, name))]
     part = torch.tensor(
         [bisect_right(images.dataset.cumulative_sizes, place) for place in images.indices], device="cpu"
     )
-    rows = {name: part == k for k, name in enumerate(names)}
+    rows = {name: part == k for k, name in enumerate(_parts_of(data))}
     return {
         name: (_share_right(answers[own], labels[own], label_map), int(own.sum()))
         for name, own in rows.items()

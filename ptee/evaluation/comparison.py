@@ -235,7 +235,7 @@ def _labelled_alike(traces: Iterable[Traces]) -> Pair:
 
 
 def _note(model: EarlyExitModel, traces: Traces) -> str:
-    """Why there is no accuracy of these images though there are labels, or why it says nothing, in a sentence; else empty."""
+    """Why there is no accuracy of these images though there are labels, or why the accuracy means nothing, in a sentence; else empty."""
     return traces.note or doubted(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1])
 
 

@@ -121,7 +121,7 @@ class Comparison:
         samples: number of images that are reported on.
         accuracy: of the bare backbone on these; None without labels, and then drops are of fidelity.
         about: where the images came from, in a sentence.
-        note: why there is no accuracy though there are labels, or why it says nothing, in a sentence; else empty.
+        note: why there is no accuracy though there are labels, or why the accuracy means nothing, in a sentence; else empty.
         unit: what costs are fractions of, in words.
         for_fidelity: names of the runs whose thresholds were chosen for fidelity: what answers as well as they do keeps as much of it.
     """

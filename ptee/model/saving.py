@@ -107,9 +107,9 @@ def _tell_changes(network: Backbone) -> None:
     assert network.hashes is not None
     if why := changes(network.hashes, network.module, network.input.input_size):
         warn(
-            f"The weights of {network.name} are not those that it was loaded with: {why}. The run leads to those and does not keep these, so "
-            "ptee.load(FOLDER) will refuse it. Keep them (torch.save(model.backbone.state_dict(), FILE)), and give the network with them: "
-            "ptee.load(FOLDER, backbone=...)."
+            f"The weights of {network.name} are not those that it was loaded with: {why}. A run holds no weights of the backbone, only where "
+            "they were loaded from, so ptee.load(FOLDER) will refuse it. Keep them (torch.save(model.backbone.state_dict(), FILE)), and give "
+            "the network with them: ptee.load(FOLDER, backbone=...)."
         )
 
 

@@ -246,7 +246,9 @@ def or_anew() -> Iterator[None]:
 
 
 def require_same_training(out: Path, recipe: Recipe) -> None:
-    """Refuse to go on with a training that was begun with other settings, as far as the recipe alone tells; all else is seen later.
+    """Refuse to go on with a training that was begun with other settings.
+
+    Only the recipe is compared here; the data are compared when the training begins.
 
     Raises:
         RunError: naming them.

@@ -263,7 +263,7 @@ def compare_runs(
 
 
 def _own_weights(static: Mapping[str, Any]) -> str:
-    """How the images of smaller networks are normalised whose weights came from a file, which may want others; a blank before each."""
+    """For each smaller network with weights from a file: how its images are normalised. The file may want others. Each after a blank."""
     found = []
     for name, network in static.items():
         source = network.source if isinstance(network, Backbone) else None
@@ -271,8 +271,8 @@ def _own_weights(static: Mapping[str, Any]) -> str:
             continue
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (network.input.mean, network.input.std))
         found.append(
-            f" {name} takes images normalised by mean {mean} and std {std}, as {source['library']} has it for that name: weights "
-            "that were trained with others are better than it seems here."
+            f" {name} takes images normalised by mean {mean} and std {std}, as {source['library']} has it for that name. If "
+            "its weights were trained with others, it is better than this table says."
         )
     return "".join(found)
 

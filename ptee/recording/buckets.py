@@ -144,8 +144,9 @@ class Buckets(ABC):
 
     def _checked(self, size: int, check: Callable[[Buckets, int], None]) -> None:
         """Check a new bucket, in the middle of a call, too: then what is known of its rows is kept."""
-        kept = [(t, t.clone()) for t in self.answers.tensors]
+        kept: list[tuple[Tensor, Tensor]] = []
         try:
+            kept += [(t, t.clone()) for t in self.answers.tensors]
             check(self, size)
         except BaseException:
             del self._buckets[size]

@@ -66,6 +66,9 @@ class Graphs:
         def end() -> None:
             try:
                 graphs[-1].capture_end()
+            except BaseException:
+                self._pool = torch.cuda.graph_pool_handle()  # torch may not have ended recording into the old one
+                raise
             finally:
                 _forget_workspaces()
 

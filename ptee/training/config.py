@@ -35,9 +35,9 @@ BACKBONE_WORDS = (
 )
 # The weights of the optimizer's learning rate and weight decay where none are given.
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
-# Settings of which a recipe alone says what they will be in the training.
-TELLING = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
+# Settings that the data do not change: the recipe has their final values.
+TELLING = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
 
 
 def _lower(name: Any) -> Any:

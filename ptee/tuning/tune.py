@@ -85,9 +85,8 @@ def tune(
     )  # fmt: skip
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
     found = _chosen(model, data, Target.given(config), config, times, trusted=False, **how)
-    if model.results:  # what they say of the thresholds was of others
-        images = f"Thresholds are chosen on {number_of(found.samples, 'image')} that ptee.tune was given in Python."
-        model.results = dict(model.results) | {"tuning": {"images": images} | found.to_dict()}
+    images = f"Thresholds are chosen on {number_of(found.samples, 'image')} that ptee.tune was given in Python."
+    model.results = (model.results or {}) | {"tuning": {"images": images} | found.to_dict()}
     return found
 
 

@@ -245,3 +245,7 @@ def test_a_gpu_that_is_used_later_begins_with_the_seed_of_the_user(monkeypatch):
     with own_random_numbers(0):
         torch.manual_seed(7)
     assert seeds[-1] == 42
+    seeds.clear()
+    with own_random_numbers():
+        torch.rand(2)
+    assert not seeds, "one of its own is kept"

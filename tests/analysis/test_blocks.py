@@ -68,7 +68,7 @@ NETS = {
     ),
     "regnet_y_400mf": Kind(TORCHVISION.regnet_y_400mf, (3, 64, 64), ("ResBottleneckBlock",), ("stem",)),
     "squeezenet1_1": Kind(TORCHVISION.squeezenet1_1, (3, 64, 64), ("Fire",), ("features.0", "features.1", "features.2")),
-    "cifar_resnet8": Kind(lambda: cifar(20), (3, 32, 32), ("BasicBlock",), ("conv1", "bn1")),
+    "cifar_resnet20": Kind(lambda: cifar(20), (3, 32, 32), ("BasicBlock",), ("conv1", "bn1")),
     "a user's CNN": Kind(cnn, (3, 16, 16), ("Conv2d",), ("0", "1", "2", "3"), ("MaxPool2d", "Flatten")),
     "a user's MLP": Kind(mlp, (3, 8, 8), ("Linear",), ("0", "1", "2"), ("ReLU",)),
 }  # fmt: skip

@@ -215,6 +215,7 @@ def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
     assert capsys.readouterr().err == f"{said}\n"
 
 
+@pytest.mark.cpu("files are made on the CPU")
 @pytest.mark.parametrize("before", [True, False], ids=["before all is written", "afterwards"])
 @pytest.mark.parametrize("step", ["_require_same", "replace_files", "publish"])
 def test_ctrl_c_in_an_export_says_what_was_written(step, before, run, finished, elsewhere, monkeypatch):

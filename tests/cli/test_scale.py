@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ AGAIN = (
 )
 
 
+def near_chance(line: str) -> bool:
+    """Random weights are right on some."""
+    words = rf"The backbone is right on \d+\.\d% of 40 images, and would be on 10\.0% by chance: {re.escape(AGAIN)}"
+    return re.fullmatch(words, line) is not None
+
+
 @pytest.fixture
 def source(elsewhere) -> Path:
     return shard(elsewhere / "a.tar", range(40))
@@ -28,10 +35,11 @@ def source(elsewhere) -> Path:
 def traced(run, finished, source) -> Path:
     done = run("trace", finished, "--data", source, "--out", "traces")
     assert done.status == 0, done.err
-    assert done.out.splitlines() == [
+    lines = done.out.splitlines()
+    assert near_chance(lines.pop(2))
+    assert lines == [
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in traces. All of them have labels.",
-        f"The backbone is right on 12.5% of 40 images, and would be on 10.0% by chance: {AGAIN}",
         f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01, or --max-fidelity-drop 0.01, which "
         "needs no labels",
     ]
@@ -126,12 +134,12 @@ def test_a_folder_without_traces_says_how_to_make_some(run, finished, elsewhere)
 def test_a_cache_is_written_with_its_size_told_before(run, finished, source):
     done = run("cache", finished, "--data", source, "--out", "cache")
     assert done.status == 0, done.err
-    *told, train = done.out.splitlines()
+    *told, doubt, train = done.out.splitlines()
+    assert near_chance(doubt)
     assert told == [
         "What the heads read of about 40 images takes about 1 MiB.",
         f"{source.parent.resolve()}: about 40 images in 1 file.",
         "40 images in 1 part in cache. All of them have labels.",
-        f"The backbone is right on 12.5% of 40 images, and would be on 10.0% by chance: {AGAIN}",
     ]
     assert train.startswith(
         "Train on it in Python, and choose thresholds afterwards (ptee tune trained): model = ptee.load('out')"

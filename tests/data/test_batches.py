@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from device import seeded
 from images import picture
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
@@ -166,7 +167,7 @@ def test_other_batches_are_refused_with_what_they_hold(batch, words):
 
 def test_parts_of_a_data_set_are_not_the_same_images():
     whole = TensorDataset(torch.zeros(10, 3))
-    one, other = random_split(whole, [5, 5])
+    one, other = random_split(whole, [5, 5], generator=seeded())
     assert not same_images(one, other)
     assert not same_images(DataLoader(one), DataLoader(other))
     assert not same_images(whole, one)

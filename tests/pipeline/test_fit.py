@@ -569,6 +569,6 @@ def test_a_backbone_that_is_far_less_right_on_validation_images_is_told_before_t
         fit(net, TensorDataset(x[:100], own[:100]), val_data=TensorDataset(x[100:], other[100:]))
 
 
-def test_a_class_in_place_of_a_network_is_refused_before_the_data_are(tmp_path):
+def test_a_class_in_place_of_a_network_is_refused_before_the_data_are():
     with pytest.raises(PteeError, match=r"not a class\. Give an instance: Linear\(\)"):
         fit(nn.Linear, [1, 2])

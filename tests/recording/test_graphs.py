@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -20,14 +21,20 @@ pytestmark = pytest.mark.cpu("a stand-in is in the place of CUDA")
 def calls(monkeypatch) -> list[str]:
     """What CUDA is asked to do."""
     calls: list[str] = []
+    unended: list[tuple[int, int]] = []  # pools that a recording broke in
+    handles = count(1)
 
     class Graph:
-        def capture_begin(self, **how: object) -> None:
+        def capture_begin(self, pool: tuple[int, int], **how: object) -> None:
             calls.append("begin")
+            if pool in unended:
+                raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+            self.pool = pool
 
         def capture_end(self) -> None:
             calls.append("end")
             if "work fails" in calls:
+                unended.append(self.pool)
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
         def replay(self) -> None:
@@ -35,7 +42,7 @@ def calls(monkeypatch) -> list[str]:
 
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     fakes = {
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, next(handles)),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": lambda stream: nullcontext(),

@@ -42,7 +42,8 @@ def test_a_cache_holds_what_the_heads_read(a_run, shards, folder):
         reading = model.read(data.tensors[0].to(here()))
     ours, theirs = kept[range(30)].reading.inputs, reading.inputs
     for a, b in zip(ours, map(torch.Tensor.cpu, theirs), strict=True):
-        assert torch.allclose(a[a[:, 0].argsort()], b[b[:, 0].argsort()], rtol=2e-3, atol=2e-3)
+        apart = torch.cdist(a.flatten(1).float(), b.flatten(1).float(), p=torch.inf)  # the images come in another order
+        assert max(apart.amin(0).max(), apart.amin(1).max()) < 4e-3 * b.abs().max()
     assert sorted(kept[range(30)].labels.tolist()) == sorted(data.tensors[1].tolist())
     kept.close()
 

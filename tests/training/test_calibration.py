@@ -280,7 +280,8 @@ def test_the_table_says_how_many_images_and_which_question(model, images):
     found = calibrate(model, unlabelled(images))
     assert isinstance(found, Calibration)
     assert "The confidence h, the chance that the answer is the backbone's, was fitted on 400 images." in str(found)
-    assert [row.split()[:2] for row in str(found).splitlines()[3:5]] == [["0", "one"], ["1", "two"]]
+    rows = [row.split()[:2] for row in str(found).splitlines()]
+    assert [row for row in rows if row[:1] in (["0"], ["1"])] == [["0", "one"], ["1", "two"]]
     assert found.to_dict()["exits"][1]["exit"] == "two"
 
 
