@@ -369,8 +369,8 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
 def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tuple[Any, str]:
     """The images that the run's thresholds were not chosen on, and a sentence about them, or none.
 
-    `tuned` holds the source and the files_sha256 (or None) of the images that they were chosen on; it is empty if those are
-    not known. With `given`, the user gives other thresholds, which were not chosen on these images.
+    `tuned` holds the source and the files_sha256 of the images that they were chosen on, None where not known; it is empty if none
+    were chosen. With `given`, the user gives other thresholds, which were not chosen on these images.
 
     Raises:
         DataError: if the images are the same ones, but files were added or are missing.
@@ -378,6 +378,13 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
     data, images = unseen.data, unseen.images
     if not tuned:
         return images, ""
+    if tuned["source"] is None:
+        return (
+            images,
+            ""
+            if given
+            else "The run's thresholds were chosen in Python. Whether on some of these images is not known.",
+        )
     where, files = tuned["source"], data.split.get("files_sha256")
     shown = repr(f"{where:.200}")  # a stranger may have written it
     here = where.casefold() == data.place.casefold() if files is None else where == data.place

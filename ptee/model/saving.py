@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,10 +106,16 @@ def _tell_changes(network: Backbone) -> None:
     """Warn that the run will not load by itself: its record of the backbone leads to other weights than these."""
     assert network.hashes is not None
     if why := changes(network.hashes, network.module, network.input.input_size):
+        types = {type_name(parameter.dtype) for parameter in network.module.parameters()} - {"float32"}
+        of_type = (
+            f" If only their type was changed: save before model.to(torch.{min(types)}), and call that again after loading."
+            if types
+            else ""
+        )
         warn(
             f"The weights of {network.name} are not those that it was loaded with: {why}. A run holds no weights of the backbone, only where "
             "they were loaded from, so ptee.load(FOLDER) will refuse it. Keep them (torch.save(model.backbone.state_dict(), FILE)), and give "
-            "the network with them: ptee.load(FOLDER, backbone=...)."
+            f"the network with them: ptee.load(FOLDER, backbone=...).{of_type}"
         )
 
 
@@ -155,6 +161,11 @@ def write(
         writers[CARD] = writer_of(card)
     writers |= {name: writer_of(text) for name, text in (more or {}).items()}
     with changing(folder, {} if versions is None else versions, ANOTHER_FOLDER, new=True):
+        if (
+            METRICS not in writers and (folder / METRICS).is_file()
+        ):  # of the run that was there: its results would be of other settings
+            with suppress(RunError):  # a damaged one is left
+                writers[METRICS] = writer_of(to_json(metrics_of(folder) | {"results": whole["results"]}) + "\n")
         replace_files(folder, writers | {CONFIG: writer_of(to_json(whole) + "\n")})
 
 

@@ -14,7 +14,7 @@ from ptee._common.devices import resolve_device, threads
 from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
 from ptee._common.progress import Log
-from ptee.backbones.load import Backbone
+from ptee.backbones.load import Backbone, InputConfig
 from ptee.data.labels import describe_labels
 from ptee.data.pictures import all_broken_named
 from ptee.data.sources import require_source
@@ -49,7 +49,6 @@ from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import choose_thresholds, describe_outcome
 
 TRACES = "traces"  # the kind of data that were recorded before
-IN_PYTHON = "The run's thresholds were chosen in Python; whether the images for that are among these is not known."
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 
@@ -81,10 +80,7 @@ class OpenRun(NamedTuple):
 
     def left_by_tuning(self, given: bool) -> tuple[Any, str]:
         """The images that the thresholds were not chosen on, and a sentence about them. `given`: the user gives others."""
-        tuned = _tuned_on(self.model)
-        images, about = left_by_tuning(self.unseen, tuned, given)
-        if not tuned and not given and (self.model.results or {}).get("tuning"):
-            about = IN_PYTHON
+        images, about = left_by_tuning(self.unseen, _tuned_on(self.model), given)
         return images, f"{self.words} {about}".rstrip()
 
 
@@ -257,24 +253,25 @@ def compare_runs(
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
     data = first.unseen.data
-    about = f"{data.source}{data.unread}. {parts.words}{_own_weights(how.get('static') or {})}"
+    others = _normalised_otherwise(how.get("static") or {}, first.model.origin.input)
+    about = " ".join([f"{data.source}{data.unread}. {parts.words}", *others])
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
 
 
-def _own_weights(static: Mapping[str, Any]) -> str:
-    """For each smaller network with weights from a file: how its images are normalised. The file may want others. Each after a blank."""
-    found = []
+def _normalised_otherwise(static: Mapping[str, Any], images: InputConfig) -> Iterator[str]:
+    """For each smaller network with weights from a file: that its images are normalised otherwise than these. The file may not want that."""
     for name, network in static.items():
         source = network.source if isinstance(network, Backbone) else None
         if source is None or "file" not in (source["weights"] or {}):
             continue
-        mean, std = (", ".join(f"{v:g}" for v in values) for values in (network.input.mean, network.input.std))
-        found.append(
-            f" {name} takes images normalised by mean {mean} and std {std}, as {source['library']} has it for that name. If "
-            "its weights were trained with others, it is better than this table says."
+        if (own := (network.input.mean, network.input.std)) == (images.mean, images.std):
+            continue
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in own)
+        yield (
+            f"{name} takes images normalised by mean {mean} and std {std}, as {source['library']} has it for that name. If its weights were "
+            "trained with others, it is better than this table says."
         )
-    return "".join(found)
 
 
 def _times(
@@ -292,10 +289,12 @@ def load_run(run: str, weights: Path | None) -> EarlyExitModel:
 
 
 def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:
-    """source and files_sha256 (or None) of the images that the thresholds were chosen on; empty if that is not known."""
+    """source and files_sha256 of the images that the thresholds were chosen on, None where not known; empty if none were chosen."""
     tuning, trained = ((model.results or {}).get(key) for key in ("tuning", "data"))
-    if not isinstance(tuning, dict) or not isinstance(tuning.get("source"), str):
+    if not isinstance(tuning, dict) or not tuning:
         return {}
+    if not isinstance(tuning.get("source"), str):  # in Python
+        return {"source": None, "files_sha256": None}
     files = tuning.get("files_sha256")
     split = trained.get("split") if isinstance(trained, dict) and trained.get("source") == tuning["source"] else None
     if "files_sha256" not in tuning and isinstance(split, dict):  # a run of an older ptee

@@ -19,7 +19,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.report.reported import Reported
 from ptee.tuning.config import describe_thresholds
-from ptee.tuning.tune import uncertainty
+from ptee.tuning.tune import interval_words
 
 Rows = list[tuple[str, ...]]
 
@@ -130,7 +130,7 @@ def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], n: int) -> s
     found = {"max_drop": drop, "max_fidelity_drop": 1 - own.fidelity, "max_cost": own.cost}[target["kind"]]
     kept = "kept" if found <= target["limit"] + ROUNDING else "missed"
     some_leave = own.right[-1] + own.wrong[-1] < 1 - ROUNDING and target["kind"] != "max_cost"
-    interval = f" (95 % interval ± {uncertainty(own.fidelity, n):.4f})" * some_leave
+    interval = f" {interval_words(own.fidelity, n)}" * some_leave
     return f"{words}. On these images {abs(found):.4f} was {'gained' if found < 0 else done}{interval}: {kept}."
 
 

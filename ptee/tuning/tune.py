@@ -166,7 +166,7 @@ def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:
     """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
     target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
-    interval = f"(95 % interval ± {uncertainty(own['fidelity'], n):.4f})"
+    interval = interval_words(own["fidelity"], n)
     if results["leaving"][-1] == 1 and solution.blend is None:  # the answers are the backbone's
         interval = "(no image left early)"
     if target.kind == "max_cost" and solution.score.time is not None:
@@ -184,6 +184,11 @@ def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[st
     if missed is None:
         outcome = f"Not known for {images}, which have no labels"
     return f"Target: {target}. {outcome}: {words}.", bool(missed)
+
+
+def interval_words(fidelity: float, n: int) -> str:
+    """How certain a loss on n images is."""
+    return f"(95 % interval ± {uncertainty(fidelity, n):.4f})"
 
 
 def uncertainty(fidelity: float, n: int) -> float:

@@ -184,10 +184,21 @@ def test_of_thresholds_that_were_chosen_in_python_nobody_knows_on_which_images(r
         "Thresholds are chosen on 8 images that ptee.tune was given in Python."
         in Path(finished, "README.md").read_text()
     )
-    said = "The run's thresholds were chosen in Python; whether the images for that are among these is not known."
+    said = "The run's thresholds were chosen in Python. Whether on some of these images is not known."
     own = evaluated(run, finished)
     assert said in own["about"]
     assert said not in evaluated(run, finished, "--threshold", 0.7)["about"]
+
+
+def test_what_python_measured_anew_stands_in_both_files_of_a_run(finished):
+    model = ptee.load(finished)
+    model.threshold = 0.3
+    ptee.evaluate(model, [(torch.randn(model.plan.input_size), 0) for _ in range(8)], keep=True, speed=False)
+    model.save_pretrained(finished)
+    config, metrics = (read_json(finished, name) for name in ("config.json", "metrics.json"))
+    assert config["results"] == metrics["results"]
+    assert metrics["results"]["samples"] == 8
+    assert metrics["training"]["epochs"], "what belongs to the training is kept"
 
 
 @pytest.fixture

@@ -729,9 +729,9 @@ def test_a_head_of_ones_own_is_asked_for_where_it_is_not_registered(mine, tmp_pa
 
 
 def test_weights_that_changed_after_a_network_was_loaded_are_told_when_the_run_is_saved(tmp_path, recwarn):
-    net = load_backbone("cifar_resnet20", pretrained=False).module
+    net = load_backbone("cifar_resnet8", pretrained=False).module
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
-    model = ptee.augment("cifar_resnet20", weights=tmp_path / "weights.safetensors", exits=["layer1"])
+    model = ptee.augment("cifar_resnet8", weights=tmp_path / "weights.safetensors", exits=["layer1"])
     model.save_pretrained(tmp_path / "run")
     again = ptee.load(tmp_path / "run")
     again.save_pretrained(tmp_path / "again")
@@ -739,12 +739,17 @@ def test_weights_that_changed_after_a_network_was_loaded_are_told_when_the_run_i
     for each in (model, again):
         each.backbone.fc.bias.data += 1
         with pytest.warns(
-            UserWarning, match=r"of cifar_resnet20 are not .* \(1 of \d+\): fc.bias.*load\(FOLDER, backbone"
+            UserWarning, match=r"of cifar_resnet8 are not .* \(1 of \d+\): fc.bias.*load\(FOLDER, backbone"
         ):
             each.save_pretrained(tmp_path / "changed")
         with pytest.raises(RunError, match=r"fc\.bias"):
             ptee.load(tmp_path / "changed")
         assert ptee.load(tmp_path / "changed", backbone=copy.deepcopy(each).detach()).exits
+    half = ptee.load(tmp_path / "run").half()
+    with pytest.warns(
+        UserWarning, match=r"save before model\.to\(torch\.float16\), and call that again after loading\.$"
+    ):
+        half.save_pretrained(tmp_path / "half")
 
 
 @pytest.fixture
