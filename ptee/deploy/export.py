@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ptee._common.text import number_of, type_name
 from ptee._common.validation import checked, is_name
 from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
+from ptee.backbones.library import per_channel, require_pixels
+from ptee.backbones.load import Backbone
 from ptee.data.labels import classes_of_run
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -71,13 +74,23 @@ class AnsweringPiece(nn.Module):
 
 
 @checked
-def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> Path:
+def export(
+    model: EarlyExitModel,
+    folder: str | Path,
+    *,
+    format: str = PT2,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Path:
     """Write the pieces of a model, and all that is needed to run them, into a new folder.
 
     Args:
         model: trained and tuned, in eval mode. It stays as it is.
         folder: must not exist, or be empty.
         format: "pt2", programs of torch.export for torch alone, or "onnx", for ONNX Runtime.
+        mean: of the pixels, in 0..1: a number for each channel, or one. With `std`, for a module of your own: by these, pictures are
+            normalised as the module takes its images. None: the model's.
+        std: by which the difference is divided. [1 / 255] gives pixels of 0 to 255.
 
     Returns:
         The folder. `ptee.load_exported` runs it.
@@ -91,6 +104,7 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
     if format not in FORMATS:
         raise unknown("format", format, FORMATS, argument="format")
     require_libraries(format)
+    origin = _normalised_by(model.origin, mean, std)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
         raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
@@ -100,10 +114,22 @@ def export(model: EarlyExitModel, folder: str | Path, *, format: str = PT2) -> P
         pieces = segments(model, keep_logits=model.rule.reads_earlier)
         check_segments(model, pieces, BATCHES)
         made = Path(beside)
-        _write(model, pieces, made, format)
+        _write(model, origin, pieces, made, format)
         _require_same(model, made)
         publish(made, target)
     return target
+
+
+def _normalised_by(origin: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> Backbone:
+    """What is written of the backbone, with a mean and std of the user."""
+    if mean is None and std is None:
+        return origin
+    if mean is None or std is None:
+        raise PteeError("mean and std go together. Give both, or none.", argument="std" if std is None else "mean")
+    channels = origin.input.input_size[0]
+    centre, width = per_channel("mean", mean, (), channels), per_channel("std", std, (), channels)
+    require_pixels(centre, width)
+    return replace(origin, input=replace(origin.input, mean=centre, std=width), pixels_known=True)
 
 
 def publish(made: Path, target: Path) -> None:
@@ -128,7 +154,7 @@ def require_libraries(format: str) -> None:
         raise PteeError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, format: str) -> None:
+def _write(model: EarlyExitModel, origin: Backbone, pieces: Sequence[Segment], folder: Path, format: str) -> None:
     alive: tuple[Tensor, ...] = (example_images(model, EXAMPLE_ROWS),)
     rows: Sequence[Rows] = (Rows(),)
     listed = []
@@ -148,8 +174,8 @@ def _write(model: EarlyExitModel, pieces: Sequence[Segment], folder: Path, forma
         alive, rows = given[:-2], piece.rows
         layout = [[where.axis, where.each] for where in piece.rows]
         listed.append({"file": file.name, "exit": piece.exit, "rows": layout})
-    sign(folder, _manifest(model, listed, format))
-    write_text(folder / "README.md", _card(model, format))
+    sign(folder, _manifest(model, origin, listed, format))
+    write_text(folder / "README.md", _card(model, origin, format))
 
 
 def _program(module: nn.Module, alive: tuple[Tensor, ...], rows: Sequence[Rows]) -> torch.export.ExportedProgram:
@@ -172,8 +198,8 @@ def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> Non
         made.save(str(file))
 
 
-def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) -> dict[str, Any]:
-    images = model.origin.input
+def _manifest(model: EarlyExitModel, origin: Backbone, pieces: list[dict[str, Any]], format: str) -> dict[str, Any]:
+    images = origin.input
     return {
         "schema_version": SCHEMA,
         "format": format,
@@ -193,7 +219,7 @@ def _manifest(model: EarlyExitModel, pieces: list[dict[str, Any]], format: str) 
         "answers": model.answers,
         "pieces": pieces,
         "versions": {"torch": str(torch.__version__)},
-        **({} if model.origin.pixels_known else {"pixels_known": False}),
+        **({} if origin.pixels_known else {"pixels_known": False}),
     }
 
 
@@ -259,7 +285,7 @@ def _between(h: Tensor) -> Tensor:
     return middle.clamp(FROM_THE_ENDS, 1 - FROM_THE_ENDS)
 
 
-def _card(model: EarlyExitModel, format: str) -> str:
+def _card(model: EarlyExitModel, origin: Backbone, format: str) -> str:
     needs = "torch" if format == PT2 else "onnxruntime and numpy"
     return f"""# {model.plan.backbone} with early exits, exported as {format}
 
@@ -272,4 +298,4 @@ runner = ptee.load_exported(".")
 out = runner.predict(images)     # .logits .exit_index .confidence .cost
 runner.threshold = 0.7
 ```
-{"" if model.origin.pixels_known else PIXELS_IN_CARD}"""
+{"" if origin.pixels_known else PIXELS_IN_CARD}"""

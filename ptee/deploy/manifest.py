@@ -21,12 +21,13 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
-_NOT_KNOWN = (
-    "The mean and std of the images are not recorded (nobody gave them). Pictures are normalised by ImageNet's. "
-    "If the backbone takes others, "
+_NOT_KNOWN = "The mean and std of the images are not recorded (nobody gave them)"
+_GIVE_THEM = "or export the model again with them: ptee.export(model, FOLDER, mean=..., std=...)."
+PIXELS_NOT_KNOWN = (
+    f"{_NOT_KNOWN}. Pictures are normalised by ImageNet's. If the backbone takes others, give `predict` images that you prepared, "
+    f"{_GIVE_THEM}"
 )
-PIXELS_NOT_KNOWN = f"{_NOT_KNOWN}give `predict` images that you prepared."
-UPLOADS_NOT_KNOWN = f"{_NOT_KNOWN}send arrays that you prepared."
+UPLOADS_NOT_KNOWN = f"{_NOT_KNOWN}, so pictures are refused. Send arrays that you prepared, {_GIVE_THEM}"
 
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
 MAX_ROWS = 4096  # of a batch, in what torch.export makes

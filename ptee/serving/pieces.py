@@ -31,6 +31,7 @@ class About:
         classes: K.
         class_names: in the order of the logits; empty if they are not known.
         exits: the names of the E exits.
+        pixels_known: somebody gave mean and std; else pictures cannot be prepared.
     """
 
     backbone: str
@@ -42,6 +43,7 @@ class About:
     classes: int
     class_names: tuple[str, ...]
     exits: tuple[str, ...]
+    pixels_known: bool = True
 
 
 class Step(NamedTuple):
@@ -108,7 +110,7 @@ def pieces_of_runner(runner: Runner) -> Pieces:
 def about_manifest(m: Manifest) -> About:
     """What a manifest says of its model."""
     return About(
-        m.backbone, m.input_size, m.mean, m.std, m.interpolation, m.dtype, m.classes, m.class_names, m.exits
+        m.backbone, m.input_size, m.mean, m.std, m.interpolation, m.dtype, m.classes, m.class_names, m.exits, m.pixels_known
     )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def pieces_of_model(model: Any) -> Pieces:
     dtype = type_name(like.dtype)
     about = About(
         model.plan.backbone, tuple(model.plan.input_size), tuple(images.mean), tuple(images.std), images.interpolation,
-        dtype, model.num_classes, tuple(class_names(model)), tuple(e.name for e in model.exits),
+        dtype, model.num_classes, tuple(class_names(model)), tuple(e.name for e in model.exits), model.origin.pixels_known,
     )  # fmt: skip
     steps = []
     for before, piece in zip([None, *found], found, strict=False):

@@ -110,6 +110,11 @@ def _opened(body: bytes, format: str | None) -> Any:
 
 
 def _picture(body: bytes, format: str, about: About, limits: Limits) -> np.ndarray:
+    if not about.pixels_known:
+        raise refused(
+            415,
+            "Nobody said by which mean and std this model's images are normalised. Send an array, prepared as for the backbone.",
+        )
     if about.input_size[0] not in (1, 3):
         raise refused(
             415, f"The backbone reads {about.input_size[0]} channels, and pictures have 3 or 1. Send an array."

@@ -56,7 +56,7 @@ def test_options_that_cannot_be_are_refused(exported, run, words, said):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_where_nobody_gave_mean_and_std_a_line_says_by_what_pictures_are_normalised(known, tmp_path, run, monkeypatch):
+def test_where_nobody_gave_mean_and_std_a_line_says_that_pictures_are_refused(known, tmp_path, run, monkeypatch):
     def stop(*_: object) -> None:
         raise PteeError("Enough.")
 
@@ -65,7 +65,7 @@ def test_where_nobody_gave_mean_and_std_a_line_says_by_what_pictures_are_normali
     folder = ptee.export(model, tmp_path / "exported")
     monkeypatch.setattr("ptee.cli.serving._opened", stop)
     done = run("serve", folder, "--local", "--port", free_port())
-    said = "Pictures are normalised by ImageNet's. If the backbone takes others, send arrays that you prepared.\n"
+    said = "so pictures are refused. Send arrays that you prepared, or export the model again with them: ptee.export("
     assert (said in done.out) is not known
     assert done.err == "Enough.\n"
 

@@ -97,3 +97,26 @@ def test_pictures_for_a_network_of_ones_own_are_not_normalised_by_imagenets_mean
     with pytest.warns(UserWarning, match="mean and std of the images are not recorded .* ImageNet's"):
         ptee.load_exported(exported).images([tmp_path / "a.png"])
     assert "their mean and std are not recorded" in (exported / "README.md").read_text()
+
+
+def test_a_network_of_ones_own_is_exported_with_its_mean_and_std(tmp_path, recwarn):
+    folder = ptee.export(made().cpu(), tmp_path / "out", mean=[0, 0.5, 0], std=[1 / 255])
+    Image.new("RGB", (9, 9), (255, 0, 51)).save(tmp_path / "a.png")
+    pixels = ptee.load_exported(folder).images([tmp_path / "a.png"])
+    assert pixels[0, :, 0, 0].tolist() == pytest.approx([255, -127.5, 51])
+    assert not recwarn and "not recorded" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mean": [0.5]}, "mean and std go together"),
+        ({"mean": [0.5], "std": [0]}, "std, so it must be positive"),
+        ({"mean": [120], "std": [60]}, "divide by 255"),
+        ({"mean": [0.5, 0.5], "std": [1]}, "3 channels need 3 numbers for mean="),
+    ],
+)
+def test_a_mean_or_std_that_no_pixels_have_is_refused(given, said, tmp_path):
+    with pytest.raises(PteeError, match=said):
+        ptee.export(made().cpu(), tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

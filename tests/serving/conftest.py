@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from served import T
@@ -16,6 +17,7 @@ from ptee.serving.local import Batching, LocalServer
 def only_server() -> Iterator[LocalServer]:
     model = made()
     model.threshold = T
+    model.origin = replace(model.origin, pixels_known=True)
     server = LocalServer(model, Batching(max_batch=8, max_queue=10_000, workers=2))
     yield server
     server.close()

@@ -219,3 +219,10 @@ def test_numbers_that_are_no_pixels_are_not_called_pixels(value, kind):
 
 def test_floats_beyond_what_any_preprocessing_gives_are_named_beside_its_range():
     assert "reach 1e+30" in refusal(NPY, npy(np.full(SIZE, 1e30, np.float32)))[1]
+
+
+def test_pictures_for_a_model_of_unknown_mean_and_std_are_refused():
+    about = replace(ABOUT, pixels_known=False)
+    with pytest.raises(UploadError, match=r"by which mean and std .* Send an array") as refused:
+        images_of(PNG, png(), about, LIMITS)
+    assert refused.value.status == 415
