@@ -347,11 +347,21 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
 def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tuple[Any, str]:
     """Images that a run's heads were not trained on, and a sentence about them.
 
-    `recorded` holds the source and the files_sha256 of the data that the run was trained with, as far as they are known.
+    `recorded` holds the source, the folder of the training images in it (`train`) and the files_sha256 of the data that the run was
+    trained with, as far as they are known.
 
     Raises:
-        DataError: if they are the run's own data, but with other files: so others would be drawn.
+        DataError: if they are the run's own data, but with other files: so others would be drawn; or its training images.
     """
+    if {"source", "train"} <= recorded.keys() and Path(data.place).is_relative_to(
+        Path(recorded["source"], recorded["train"])
+    ):
+        raise DataError(
+            f"{data.source} holds images that {run} was trained on. Leave ",
+            Argument("data"),
+            " out for those that it has not seen, or give others: ",
+            *GIVE_DATA,
+        )
     here, files = data.place == recorded.get("source"), recorded.get("files_sha256")
     same = here if files is None else files == data.split.get("files_sha256")
     if same or "validation" in data.split["parts"]:

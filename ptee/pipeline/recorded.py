@@ -134,7 +134,9 @@ def or_weights(given: bool) -> Iterator[None]:
 
 
 def recorded_images(run: str, results: Any, data: str | None = None) -> dict[str, Any]:
-    """source, root, seed, files_sha256, classes and removed of a run's images, as far as they are recorded on this disk.
+    """source, train, root, seed, files_sha256, classes and removed of a run's images, as far as they are recorded on this disk.
+
+    `train` is the folder or file in the source that holds the training images.
 
     `data` are others, which the user gives.
 
@@ -155,6 +157,8 @@ def _recorded(run: str, results: Any) -> dict[str, Any]:
     split: Any = found.get("split") if isinstance(found.get("split"), dict) else {}
     values = {**{key: found.get(key) for key in ("source", "root")}, "files_sha256": split.get("files_sha256")}
     known: dict[str, Any] = {key: value for key, value in values.items() if isinstance(value, str)}
+    if isinstance(parts := split.get("parts"), dict) and isinstance(parts.get("train"), str):
+        known["train"] = parts["train"]
     if type(seed := split.get("seed")) is int:
         known["seed"] = seed
     if _is_text(classes := split.get("classes")):

@@ -168,7 +168,11 @@ def best_within(curve: Curve, wish: Wish) -> Point:
 
 def _not_there(name: str) -> PteeError:
     if name == "max_time_ms":
-        text = "The curve of this run has no times. Measure them and tune by them: ptee bench RUN --save, then ptee tune RUN --max-drop 0.01 --cost time"
+        text = (
+            "The curve of this run has no times. Measure them and tune by them: ptee bench RUN --save, then ptee tune RUN --max-drop 0.01 "
+            "--cost time. In Python: from ptee.timing.measure import measure; ptee.tune(model, data, max_drop=0.01, times=measure(model, "
+            "[32]).at(32))"
+        )
         return PteeError(text, argument=name)
     text = "The images of this run's curve had no labels, so no drop of accuracy is known. Give "
     return PteeError(text, Argument("max_fidelity_drop", "0.01"), ".", argument=name)

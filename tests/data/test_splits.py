@@ -183,6 +183,16 @@ def test_a_run_is_reported_on_images_that_it_has_not_seen(folder, tmp_path):
         images_to_report_on(data, known | {"files_sha256": "another"}, "run")
 
 
+def test_the_training_images_of_a_run_are_refused_by_their_own_folder(folder):
+    whole = opened(folder)
+    known = {"source": whole.place, "files_sha256": whole.split["files_sha256"], "train": whole.split["parts"]["train"]}
+    alone = {part: opened(folder / name) for part, name in whole.split["parts"].items()}
+    with pytest.raises(DataError, match=r"train holds images that run was trained on\. Leave data= out .*data=FOLDER"):
+        images_to_report_on(alone["train"], known, "run")
+    assert images_to_report_on(alone["validation"], known, "run")[0]
+    assert images_to_report_on(whole, known, "run")[0] is whole.validation
+
+
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
