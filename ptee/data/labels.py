@@ -27,6 +27,7 @@ AROUND = " \t\"'0123456789,;:.()[]"  # may stand around a name in a file that is
 
 
 BETTER_THAN_CHANCE = 0.05  # of the way from chance to always right: less says nothing about accuracy
+FEWEST = 10  # images: of fewer, a good backbone may well be wrong on most
 DEVIATIONS = 2  # standard deviations above chance that so few images can show by luck
 
 
@@ -34,7 +35,7 @@ def near_chance(right: float, n: int, num_classes: int) -> str:
     """The beginning of a sentence, if a share of right answers is hardly better than chance."""
     chance = 1 / num_classes
     least = chance + max(BETTER_THAN_CHANCE * (1 - chance), DEVIATIONS * (chance * (1 - chance) / n) ** 0.5)
-    if right >= min(least, 1):
+    if n < FEWEST or right >= min(least, 1):
         return ""
     return f"The backbone is right on {right:.1%} of {n:,} images, and would be on {chance:.1%} by chance"
 

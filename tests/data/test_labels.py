@@ -9,7 +9,7 @@ from images import levels, opened, write_folder
 
 from ptee._common.errors import DataError
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import class_orders, map_labels, recorded_classes, relabelled
+from ptee.data.labels import class_orders, map_labels, near_chance, recorded_classes, relabelled
 
 THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
 
@@ -189,3 +189,8 @@ def test_a_line_of_a_file_that_is_no_name_is_named_by_its_number(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\ndog\n" + "z" * 300)
     with pytest.raises(DataError, match=r"classes\.txt': name 3 has 300 letters"):
         map_labels(["cat", "dog"], 3, classes=tmp_path / "classes.txt")
+
+
+def test_a_few_images_say_nothing_about_whether_the_backbone_is_right():
+    assert not any(near_chance(0.0, n, 10) for n in range(1, 10))
+    assert near_chance(0.0, 10, 10) == "The backbone is right on 0.0% of 10 images, and would be on 10.0% by chance"

@@ -100,7 +100,7 @@ def test_a_module_of_ones_own_learns_and_a_frozen_one_does_not():
 
 def test_a_backbone_that_has_hardly_learned_is_named():
     with pytest.warns(UserWarning, match=r"The backbone is right on .* by chance: it has hardly learned. Train longer"):
-        joint(lr=1e-9, backbone_lr=1e-9, epochs=1)
+        joint(lr=1e-9, backbone_lr=1e-9, epochs=1, val_data=images(40))
 
 
 @pytest.mark.parametrize("name", ["eenet-joint", "branchynet-joint", "db-joint"])
