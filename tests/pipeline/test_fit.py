@@ -348,6 +348,13 @@ def test_one_label_that_is_no_class_is_refused_by_name_before_the_training(part,
         fit(network(), data.pop("train_data"), **data)
 
 
+def test_an_image_that_the_backbone_does_not_answer_is_named_by_its_place_in_the_data_set_that_was_given():
+    x, y = images(60, seed=1).tensors
+    x[41] = float("nan")
+    with pytest.raises(DataError, match=r"\(the first has the index 41 in the TensorDataset of 60\)"):
+        fit(network(), images(60), val_data=TensorDataset(x, y))
+
+
 def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
     said: list[str] = []
     x, y = images(60).tensors
