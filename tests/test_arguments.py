@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
+from ptee.production.curve import Curve, Wish, best_within
 from ptee.timing.benchmark import bench
 
 
@@ -28,6 +29,20 @@ def model() -> ptee.EarlyExitModel:
 
 def images() -> TensorDataset:
     return TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 2)
+
+
+def unlabelled() -> TensorDataset:
+    return TensorDataset(torch.randn(40, 3, 8, 8))
+
+
+def untimed() -> Curve:
+    """A curve without times."""
+    return Curve(
+        confidence="max_prob",
+        answers="own",
+        points=[{"threshold": [0.5], "cost": 0.5, "drop": 0.1, "fidelity_drop": 0.1}],
+        images=8,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -122,7 +137,18 @@ WRONG = {
     "mode": (lambda wrong: ptee.optimize(model(), mode=wrong), "egaer"),
     "max_batch": (lambda wrong: ptee.optimize(model(), max_batch=wrong), 0),
     "recipe": (lambda wrong: ptee.fit(net(), images(), recipe=wrong), "ptea"),
-}
+    "recipe that is no recipe": (lambda wrong: ptee.fit(net(), images(), recipe=wrong), "no.yaml"),
+    "threshold for other exits": (lambda wrong: setattr(model(), "threshold", wrong), [0.9, 0.8]),
+    "threshold for other exits in a call": (lambda wrong: ptee.evaluate(model(), images(), threshold=wrong), [0.9, 0.8]),
+    "thresh": (lambda wrong: model().predict(torch.randn(1, 3, 8, 8), thresh=wrong), 0.5),
+    "thresholds": (lambda wrong: setattr(model(), "thresholds", wrong), [0.5]),
+    "num_exit": (lambda wrong: ptee.plan("cifar_resnet8", num_exit=wrong), 2),
+    "soft": (lambda wrong: model().predict(torch.randn(1, 3, 8, 8), 0.5, soft=wrong), True),
+    "models": (lambda wrong: ptee.compare(wrong, images(), images()), {}),
+    "max_drop": (lambda wrong: ptee.fit(net(), unlabelled(), input_size=(3, 8, 8), max_drop=wrong), 0.02),
+    "targets": (lambda wrong: ptee.fit(net(), unlabelled(), input_size=(3, 8, 8), targets=wrong), "labels"),
+    "max_time_ms": (lambda wrong: best_within(untimed(), Wish(max_time_ms=wrong)), 3.0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)

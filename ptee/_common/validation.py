@@ -144,6 +144,9 @@ def checked(
             raise from_pydantic(error, example=True) from None
         try:
             return function(*args, **kwargs)
+        except PteeError as why:
+            _give_value(why, given)
+            raise
         except RuntimeError as why:
             if (ended := ended_worker(why)) is None:
                 raise
@@ -153,7 +156,7 @@ def checked(
 
 
 def named(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose error for an unknown argument names the nearest one. For what is called often: it costs nothing before."""
+    """The function, whose error for an unknown argument names the nearest one, and whose errors say what was given. For what is called often: it costs nothing before."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -162,8 +165,17 @@ def named(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError:
             require_arguments(function, kwargs)
             raise
+        except PteeError as why:
+            _give_value(why, dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs)
+            raise
 
     return call
+
+
+def _give_value(error: PteeError, given: Mapping[str, Any]) -> None:
+    """An error about an argument says what was given for it, also where whoever raised it knew a part of that only."""
+    if error.value is None and error.argument is not None:
+        error.value = given.get(error.argument)
 
 
 def require_arguments(
@@ -192,7 +204,7 @@ def require_arguments(
             like = [each for each in known if ("." in each) == ("." in name)]  # the path of a setting is near paths
             told = f" {instead[name]}" if instead and name in instead else possible(name, like)
             text = f"{called or function.__name__}() has no argument {name!r:.60}.{told}"
-            raise UnknownName(text, argument=name)
+            raise UnknownName(text, argument=name, value=given[name] if isinstance(given, Mapping) else None)
 
 
 def from_pydantic(error: ValidationError, fields: Iterable[str] = (), example: bool = False) -> PteeError:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))  # what a full disk says
 ANOTHER_FOLDER = "Choose another folder."
+MADE_BY = "Made by ptee"  # stands on every page
 PAGE, STILL = ".html", (".png", ".svg")  # end the names of a page and of a picture
 PICTURES = (*STILL, PAGE)  # of a figure
 WRITING = ".writing-"  # begins the name of a folder in which a file is written before it is renamed
@@ -80,9 +81,23 @@ def require_name(path: Path, suffixes: Sequence[str], argument: str, what: str) 
     require_writable(path.parent)
 
 
-def require_page(path: Path, argument: str = "out") -> None:
-    """Refuse a file that cannot be written, or that a browser would not open as a page."""
+def require_page(path: Path, argument: str = "out") -> str:
+    """Refuse a file that cannot be written, that a browser would not open as a page, or in which there is something else than a page of ptee.
+
+    Gives the end of a sentence that says what was replaced, or nothing.
+    """
     require_name(path, (PAGE,), argument, "a page")
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    try:
+        is_ours = MADE_BY in path.read_text("utf-8", errors="replace")
+    except OSError:  # nobody knows what is in it
+        is_ours = False
+    if not is_ours:
+        text = f"{path} is there, and no page of ptee. Remove it, or give another name, such as "
+        other = Argument.text(argument, path.with_name(f"{path.stem}-ptee{PAGE}"))
+        raise RunError(text, other, ".", argument=argument, value=path)
+    return ", in place of the page that was there"
 
 
 def free_place(folder: str | Path) -> Path:

@@ -317,7 +317,7 @@ def _no_network(found: list[_Candidate], kind: str) -> str:
     if not nearest.missing:
         return f"has unknown {shown(unknown, 3)} beside a whole {kind}. It may be of a larger network, or hold another beside this one. "
     unknown = unknown or [name for name in nearest.state if name not in nearest.used and not COUNTERS.search(name)]
-    there = f"has unknown {shown(unknown, 3)}" if unknown else f"has only {shown(list(nearest.tensors), 3)}"
+    there = f"has unknown {shown(unknown, 3)}" if unknown else f"has {shown(list(nearest.tensors), 3)}"
     return f"is of another model: it lacks {shown(nearest.missing, 3)} and {there}. "
 
 

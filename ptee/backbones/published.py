@@ -190,7 +190,9 @@ def advise(
         raise unknown("measure", wrong[0], MEASURES, argument="by")
     if wrong_drops := [drop for drop in drops if not -1 < drop < 1]:
         raise PteeError(
-            f"A drop of {wrong_drops[0]:g} is no share of the images. Give 0.01 for one point.", argument="drops"
+            f"A drop of {wrong_drops[0]:g} is no share of the images. Give 0.01 for one point.",
+            argument="drops",
+            value=wrong_drops[0],
         )
     own = find_published(model, side)
     if own is None:

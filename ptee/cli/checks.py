@@ -35,7 +35,7 @@ def require_recipe(recipe: Any) -> None:
     for what, given in {"head": exits.head, "head budget": exits.head_budget}.items():
         one_each(what, [None] if given is None else as_list(given), number)
     if isinstance(threshold, tuple) and len(threshold) not in (1, number):
-        raise wrong_number(str(len(threshold)), number)
+        raise wrong_number(str(len(threshold)), number, threshold)
 
 
 def require_recipes(base: Any, axes: Mapping[str, Sequence[Any]]) -> None:
@@ -54,7 +54,7 @@ def require_thresholds(threshold: Sequence[float] | None, exits: int) -> None:
     from ptee.exits.config import wrong_number
 
     if threshold is not None and len(threshold) not in (1, exits):
-        raise wrong_number(str(len(threshold)), exits)
+        raise wrong_number(str(len(threshold)), exits, threshold)
 
 
 def require_comparable(o: Mapping[str, Any], by: Any, runs: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
         )
     require_runs(*runs, **o | {"images": not o["recorded"]})
     by = require_comparing(runs, o)
-    require_page(o["out"])
+    in_place = require_page(o["out"])
     if o["figures"] is not None:
         from ptee.report.pictures import require_kaleido
 
@@ -123,7 +123,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
 
         write_figures(parts, o["figures"])
         click.echo(f"The figures are in {o['figures']}.")
-    click.echo(f"Written to {o['out']}")
+    click.echo(f"Written to {o['out']}{in_place}")
 
 
 @command(short_help="Draw one figure of a run or a sweep.")

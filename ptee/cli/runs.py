@@ -131,8 +131,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     folders, by = names_of(run), require_comparing(run, o)
     if o["traces"] and o["page"] is not None:
         raise PteeError(Argument("html"), " shows images, and traces have none. Leave it out, or give images.")
-    if o["page"] is not None:
-        require_page(o["page"], "html")
+    in_place = "" if o["page"] is None else require_page(o["page"], "html")
     if o["sheet"] is not None:
         require_name(o["sheet"], (".csv",), "csv", "a table")
     from ptee.evaluation.results_csv import results_csv
@@ -156,7 +155,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
         log(f"\nA row for each run is in {o['sheet']}")
     if o["page"] is not None:
         write_page(said, o["page"])
-        log(f"\nDrawn in {o['page']}")
+        log(f"\nDrawn in {o['page']}{in_place}")
 
 
 @command(short_help="Time a model with exits beside its backbone.")

@@ -192,8 +192,11 @@ def odd_labels(labels: Tensor, classes: int) -> str:
     """What is wrong with labels of which some are no class of the backbone. Empty if nothing is."""
     if not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes:
         return ""
-    found = f"its labels are {int(labels.min())} to {int(labels.max())}"
-    return f"{found}, the backbone's classes 0 to {classes - 1}"
+    odd = labels[(labels < 0) | (labels >= classes)]
+    if len(odd) < len(labels):
+        values = some([str(value) for value in odd.unique().tolist()])
+        return f"some of the labels are no classes of the backbone, which are 0 to {classes - 1}: {values}"
+    return f"the labels are {int(labels.min())} to {int(labels.max())}, the backbone's classes 0 to {classes - 1}"
 
 
 def labels_of_other_classes(labels: Tensor, classes: int) -> str:

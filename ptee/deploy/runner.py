@@ -72,7 +72,7 @@ class Runner:
     def threshold(self, value: Any) -> None:
         wide = self._each(value)
         if wide.ndim != 1:
-            raise wrong_number(" x ".join(map(str, wide.shape)), len(self.manifest.exits))
+            raise wrong_number(" x ".join(map(str, wide.shape)), len(self.manifest.exits), value)
         self._thresholds = wide
 
     def _each(self, value: Any) -> np.ndarray:
@@ -83,9 +83,9 @@ class Runner:
         try:
             wide = np.broadcast_to(given, (*given.shape[:-1], exits))
         except ValueError as why:
-            raise wrong_number(str(given.shape[-1]), exits) from why
+            raise wrong_number(str(given.shape[-1]), exits, value) from why
         if wide.ndim > 2:
-            raise wrong_number(" x ".join(map(str, given.shape)), exits)
+            raise wrong_number(" x ".join(map(str, given.shape)), exits, value)
         return wide
 
     def __call__(self, x: Array) -> Array:

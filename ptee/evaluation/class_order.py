@@ -92,7 +92,9 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
     fault = labels_of_other_classes(labels, backbone.num_classes)
     remedy = ("Check that the labels are the backbone's class numbers.",)
     if fault:
-        return replace(found, doubt=f"They are not: {fault}.", remedy=remedy)
+        if ((labels >= 0) & (labels < backbone.num_classes)).any():
+            remedy = ("Leave such images out, or number them as the backbone's classes.",)
+        return replace(found, reason="", doubt=f"{fault[0].upper()}{fault[1:]}.", remedy=remedy)
     return replace(
         _doubted(found, backbone, answers, labels, remedy), right=_by_part(data, images, answers, labels, found)
     )

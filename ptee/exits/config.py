@@ -193,9 +193,10 @@ def remark(threshold: Sequence[float] | None) -> str | None:
     return doubt(threshold)
 
 
-def wrong_number(thresholds: str, exits: int) -> PteeError:
-    """The error of so many thresholds, in words."""
+def wrong_number(thresholds: str, exits: int, value: Any) -> PteeError:
+    """The error of so many thresholds, in words, of which `value` was given."""
     return PteeError(
         f"There are {thresholds} thresholds for {number_of(exits, 'exit')}. Give one number, or one for each exit.",
         argument="threshold",
+        value=value,
     )

@@ -63,7 +63,9 @@ def parse_head(name: Any) -> HeadSpec:
     """The spec of a head's name, given by a user or a saved run. Refuses unknown names, and residual heads that are too large."""
     if not isinstance(name, str):
         raise PteeError(
-            f"The head {name!r} is no name. Give a name such as 'pool', or a list of names.", argument="head"
+            f"The head {name!r} is no name. Give a name such as 'pool', or a list of names.",
+            argument="head",
+            value=name,
         )
     kind, builds_on_previous = name.removesuffix(PLUS), name.endswith(PLUS)
     if kind == AUTO or kind in HEADS or is_conv(kind):

@@ -50,7 +50,9 @@ class InProduction:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SLIPS:
-            raise PteeError(f"An early-exit model has no {name}. Did you mean model.{SLIPS[name]}?", argument=name)
+            raise PteeError(
+                f"An early-exit model has no {name}. Did you mean model.{SLIPS[name]}?", argument=name, value=value
+            )
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)  # torch would keep a parameter of a user's as the model's own
         else:

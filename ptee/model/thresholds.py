@@ -27,7 +27,7 @@ def for_each_exit(threshold: Thresholds, exits: int) -> tuple[float, ...]:
     given = _as_tensor(threshold)
     if tuple(given.shape) not in ((), (1,), (exits,), (1, 1), (1, exits)):
         many = " x ".join(map(str, given.shape))
-        raise wrong_number(many, exits)
+        raise wrong_number(many, exits, threshold)
     _refuse_nan(given)
     _doubt(given.flatten().tolist())
     return tuple(given.expand(1, exits)[0].tolist())

@@ -141,12 +141,15 @@ def recorded_images(run: str, results: Any, data: str | None = None) -> dict[str
     `data` are others, which the user gives.
 
     Raises:
-        DataError: if there is no source, or it is one that is not read unasked.
+        DataError: if there is no source, it is one that is not read unasked, or its folder is gone.
     """
     recorded = _recorded(run, results)
     if not (data or recorded.get("source")):
         raise DataError(f"{run} does not say which images it was made with. Give some: ", FOLDER, ".")
     _require_plain(run, {"seed": recorded.get("seed", 0)} if data else recorded)
+    if not data and Path(place := recorded["source"]).is_absolute() and not is_folder(Path(place)):
+        text = f"{run} was made with the images of {place:.300}, which is no folder here. Put it back, or say where they are now: "
+        raise DataError(text, FOLDER, ".")
     return recorded
 
 

@@ -176,7 +176,7 @@ def write_report(
     num_workers: int = 0,
     device: str | torch.device | None = None,
 ) -> Path:
-    """Write the page that `ptee report` draws, of any model: what it saves and loses, and why. Replaces the file if there is one.
+    """Write the page that `ptee report` draws, of any model: what it saves and loses, and why. Replaces a page that is there, and no other file.
 
     Args:
         model: an early-exit model; or the folder of a saved run: then the page also shows the training and the recipe.

@@ -152,7 +152,7 @@ def best_within(curve: Curve, wish: Wish) -> Point:
     limited = name.removeprefix("max_")
     values = {point: getattr(point, limited) for point in curve.points}
     if None in values.values():
-        raise _not_there(name)
+        raise _not_there(name, limit)
     within = [point for point, value in values.items() if value <= limit + ROUNDING]
     if not within:
         least = min(values.values())
@@ -166,13 +166,13 @@ def best_within(curve: Curve, wish: Wish) -> Point:
     return min(within, key=lambda point: (point.lost, point.price))
 
 
-def _not_there(name: str) -> PteeError:
+def _not_there(name: str, limit: float) -> PteeError:
     if name == "max_time_ms":
         text = (
             "The curve of this run has no times. Measure them and tune by them: ptee bench RUN --save, then ptee tune RUN --max-drop 0.01 "
             "--cost time. In Python: from ptee.timing.measure import measure; ptee.tune(model, data, max_drop=0.01, times=measure(model, "
             "[32]).at(32))"
         )
-        return PteeError(text, argument=name)
+        return PteeError(text, argument=name, value=limit)
     text = "The images of this run's curve had no labels, so no drop of accuracy is known. Give "
-    return PteeError(text, Argument("max_fidelity_drop", "0.01"), ".", argument=name)
+    return PteeError(text, Argument("max_fidelity_drop", "0.01"), ".", argument=name, value=limit)

@@ -149,13 +149,17 @@ class Monitor:
 
     def _audit(self, images: Tensor, positions: Sequence[int], first: int, out: Answers, at_once: int) -> None:
         """Whatever happens here, the caller has the answer already."""
+        raised = False
         try:
-            self._see(self._differs(images, positions, out, at_once), [first + n for n in positions])
-        except Exception as why:  # the backbone's, or that of `on_alarm`
+            raised = self._see(self._differs(images, positions, out, at_once), [first + n for n in positions])
+            if raised:
+                self._act()
+        except Exception as why:
             with self._lock:
                 self._failed += 1
-            if self._failed == 1:
-                warn(f"An audit failed, and the answers stand: {first_line(why)}")
+            if self._failed == 1 or raised:  # there is one alarm, and more than one audit may fail
+                what = "The monitor raised an alarm, and its on_alarm failed" if raised else "An audit failed"
+                warn(f"{what}. The answers stand. {first_line(why)}")
 
     def _gap(self) -> float:
         """How many images further the next audited one is: each is drawn with the same chance, at no cost for the others."""
@@ -203,7 +207,8 @@ class Monitor:
         found: list[bool] = differs.tolist()
         return found
 
-    def _see(self, differs: Sequence[bool], rows: Sequence[int]) -> None:
+    def _see(self, differs: Sequence[bool], rows: Sequence[int]) -> bool:
+        """Take audits into the test. Whether there is an alarm now that was not there before."""
         raised = False
         with self._lock:
             for each, row in zip(differs, rows, strict=True):
@@ -213,8 +218,7 @@ class Monitor:
                     continue
                 if (bet := self._test.see(each, row, time.time())) is not None:
                     self._alarm, raised = _alarm(bet, row, self._test.limit), True
-        if raised:
-            self._act()
+        return raised
 
     def _act(self) -> None:
         """What was to be done on an alarm: once, and outside of the lock."""
@@ -249,7 +253,9 @@ class Monitor:
             PteeError: if it is no share, or nothing is audited.
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise PteeError(Argument("share", f"{share!r}"), " must be a number from 0 to 1.", argument="share")
+            raise PteeError(
+                Argument("share", f"{share!r}"), " must be a number from 0 to 1.", argument="share", value=share
+            )
         if self._test is None:
             raise PteeError("This monitor audits nothing, so it finds nothing. Give audit= and max_fidelity_drop=.")
         return self._test.audits_to_find(share) / self.settings.audit

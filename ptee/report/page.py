@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee import __version__
-from ptee._common.writing import write_text
+from ptee._common.writing import MADE_BY, write_text
 from ptee.report.parts import Part, parts
 from ptee.report.reported import Reported
 
@@ -31,7 +31,7 @@ def write(title: str, every: Sequence[Part], path: Path) -> None:
     drawn = {key: json.loads(figure.to_json()) for part in every for key, figure in part.figures.items()}
     slider = next((asdict(part.slider) for part in every if part.slider), None)
     bundle = base64.b64encode((files("ptee.report") / BUNDLE).read_bytes()).decode() if drawn else ""
-    made = f"Made by ptee {__version__} on {datetime.now(timezone.utc):%Y-%m-%d}. Everything is in this file; it asks for nothing from elsewhere."
+    made = f"{MADE_BY} {__version__} on {datetime.now(timezone.utc):%Y-%m-%d}. Everything is in this file; it asks for nothing from elsewhere."
     write_text(
         path, _template().render(title=title, parts=every, figures=drawn, slider=slider, plotly=bundle, made=made)
     )

@@ -21,6 +21,7 @@ from ptee.serving.pieces import About, Pieces, pieces_of_model, pieces_of_runner
 from ptee.serving.policy import Policy, measure, policy_of
 from ptee.serving.queues import Answer
 from ptee.serving.settings import FixedSettings, ModelSettings
+from ptee.serving.uploads import images_from_python
 
 LAST_S = 0.5  # in which the last connections that were taken send their requests
 HEADERS_S = 10.0  # until the headers of a request are whole
@@ -115,12 +116,16 @@ class LocalServer:
         """The answers to images (b, c, h, w) float32, as the backbone takes them.
 
         Args:
-            images: any number.
+            images: any number, normalised.
             limits: thresholds (b, E); None: those in force.
 
         Raises:
             BusyError: if there is no room for them.
+            PteeError: if they are no such array of finite numbers.
         """
+        images = images_from_python(images, self.about)
+        if not len(images):  # no row would come to an end and tell it
+            return []
         loop, began, by_pace = asyncio.get_running_loop(), time.monotonic(), self._engine.by_pace_s()
         future: asyncio.Future[list[Answer]] = loop.create_future()
 

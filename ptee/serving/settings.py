@@ -158,7 +158,7 @@ class FixedSettings:
         many, exits = given["threshold"], len(self.threshold)
         each = [float(t) for t in many] if isinstance(many, tuple) else [float(many)]
         if len(each) not in (1, exits):
-            raise wrong_number(str(len(each)), exits)
+            raise wrong_number(str(len(each)), exits, many)
         self.threshold = each if len(each) == exits else each * exits
         return self.now()
 

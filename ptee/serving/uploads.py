@@ -1,4 +1,7 @@
-"""From the body of a request to images. It comes from a stranger: sizes, types and values are looked at before anything is made of it."""
+"""From the body of a request, or an array of a caller in Python, to images.
+
+A body comes from a stranger: sizes, types and values are looked at before anything is made of it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 
 from ptee._common.errors import PteeError, first_line
 from ptee._common.files import from_json
+from ptee._common.text import type_name
 from ptee.data.pixels import SCANS, model_input, resized_sides, scans_of
 from ptee.serving.pieces import About
 
@@ -208,9 +212,42 @@ def _checked(array: np.ndarray, about: About, limits: Limits) -> np.ndarray:
     _require_shape(array.shape, about, limits)
     with np.errstate(over="ignore"):
         images = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, *about.input_size)
-    if not np.isfinite(images).all():
+    if not _all_finite(images):
         raise refused(400, "This array holds numbers that are not finite in 32 bits. Send finite ones.")
     _require_normalised(images, about, whole=array.dtype.kind != "f")
+    return _writeable(images)
+
+
+def images_from_python(images: Any, about: About) -> np.ndarray:
+    """Images (b, c, h, w) float32 of a caller in Python, which are normalised already. b may be 0.
+
+    Raises:
+        PteeError: saying in one line why not.
+    """
+    size = about.input_size
+    wanted, odd = f"images ({', '.join(map(str, ('b', *size)))})", ""
+    if not isinstance(images, np.ndarray):
+        advice = " Give x.cpu().numpy()." if hasattr(images, "cpu") else ""
+        odd = f"{wanted} in an array of numpy, not {type(images).__name__}.{advice}"
+    elif images.shape[-3:] != size or images.ndim != 4:
+        odd = f"{wanted}, not {images.shape!s:.60}.{' For one image give x[None].' if images.shape == size else ''}"
+    elif images.dtype != np.float32:
+        odd = f"images of type float32, not {type_name(images.dtype)}. Give them normalised, as x.astype('float32')."
+    elif not _all_finite(images):
+        n = int(np.isfinite(images).all((1, 2, 3)).argmin())
+        odd = f"finite numbers, and the image of index {n} has others (inf or NaN). Leave it out."
+    if odd:
+        raise PteeError(f"This model takes {odd}", argument="images", value=images)
+    return _writeable(np.ascontiguousarray(images))
+
+
+def _all_finite(images: np.ndarray) -> bool:
+    """The sum alone tells it mostly, in half of the time."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(images.sum()) or np.isfinite(images).all())
+
+
+def _writeable(images: np.ndarray) -> np.ndarray:
     return images if images.flags.writeable else images.copy()  # torch warns of memory that it may not write
 
 

@@ -10,15 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import length_hint
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, own_generator, split_batch
+from ptee.data.batches import UNKNOWN_LABEL, batches, is_loader, labels_of_other_classes, own_generator, split_batch
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
@@ -301,18 +303,29 @@ def record(
         model.to(home).train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
-    _require_answers(torch.cat(unanswered))
+    _require_answers(torch.cat(unanswered), data)
     return _join(parts, model.num_classes)
 
 
-def _require_answers(unanswered: Tensor) -> None:
+def _require_answers(unanswered: Tensor, data: object) -> None:
     """Refuse images (n,) that the backbone does not answer: whatever an exit says of them would count as the same."""
     if count := int(unanswered.sum()):
         first, n = int(unanswered.int().argmax()), len(unanswered)
         raise DataError(
-            f"The backbone's logits are NaN for {count:,} of {n:,} image{'s' * (n != 1)} (the first has the index {first}), so there is no "
-            "answer to compare with. Leave such images out."
+            f"The backbone's logits are NaN for {count:,} of {n:,} image{'s' * (n != 1)} (the first has the index {_place(data, first)}), so there "
+            "is no answer to compare with. Leave such images out."
         )
+
+
+def _place(data: Any, row: int) -> str:
+    """The index of a row, in the user's own data set where the rows are some of it that were drawn."""
+    if is_loader(data):  # which may have any order
+        return f"{row} in the order of the loader"
+    if type(data) is not Subset:
+        return str(row)
+    while type(data) is Subset:
+        data, row = data.dataset, int(data.indices[row])
+    return f"{row} in the {type(data).__name__} of {len(data):,}"
 
 
 def repeated(

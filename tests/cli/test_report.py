@@ -29,6 +29,16 @@ def test_a_run_is_reported_on_one_page_and_left_as_it_was(run, finished):
     assert files(finished) == before
 
 
+def test_a_page_is_replaced_and_it_is_said_but_no_other_file(run, finished):
+    for end in ("", ", in place of the page that was there"):
+        assert run("report", finished, "--recorded").out.endswith(f"Written to report.html{end}\n")
+    Path("report.html").write_text("<p>my own</p>")
+    said = "report.html is there, and no page of ptee. Remove it, or give another name, such as --"
+    for words in (("report", finished, "--recorded"), ("compare", finished, "--html", "report.html")):
+        assert_refused(run(*words), said)
+    assert Path("report.html").read_text() == "<p>my own</p>"
+
+
 def test_a_run_is_reported_beside_another_one(run, finished):
     shutil.copytree(finished, "twin")
     done = run("report", finished, "--against", "twin", *ONE, "--no-images")

@@ -192,7 +192,7 @@ def test_labels_that_are_not_classes_are_ignored_and_the_table_says_so():
     x, y = images(2).tensors
     found = compare({"one": made(1)}, images(1), TensorDataset(x, y + K), **OWN)
     assert found.accuracy is None
-    assert "There is no accuracy for this data: its labels are 4 to 7" in str(found)
+    assert "There is no accuracy for this data: the labels are 4 to 7" in str(found)
 
 
 def test_the_networks_are_left_as_they_were():

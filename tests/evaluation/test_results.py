@@ -83,7 +83,7 @@ def test_labels_that_are_not_classes_are_ignored_and_the_results_say_so(batch_si
     assert results.rows == evaluate(model, TensorDataset(x), speed=False).rows
     for text in (str(results), json.dumps(results.to_dict())):
         assert (
-            f"no accuracy for this data: its labels are {K} to {2 * K - 1}, the backbone's classes 0 to {K - 1}."
+            f"no accuracy for this data: the labels are {K} to {2 * K - 1}, the backbone's classes 0 to {K - 1}."
             in text
         )
 

@@ -348,12 +348,30 @@ def test_one_label_that_is_no_class_is_refused_by_name_before_the_training(part,
         fit(network(), data.pop("train_data"), **data)
 
 
+def test_an_image_that_the_backbone_does_not_answer_is_named_by_its_place_in_the_data_set_that_was_given():
+    x, y = images(60, seed=1).tensors
+    x[41] = float("nan")
+    with pytest.raises(DataError, match=r"\(the first has the index 41 in the TensorDataset of 60\)"):
+        fit(network(), images(60), val_data=TensorDataset(x, y))
+
+
 def test_labels_of_which_none_is_a_class_are_not_used_and_it_is_said():
     said: list[str] = []
     x, y = images(60).tensors
     model = fit(network(), TensorDataset(x, y + K), log=said.append)
-    assert "They are not: its labels are 4 to 7, the backbone's classes 0 to 3." in said[0]
+    assert "The labels are 4 to 7, the backbone's classes 0 to 3. Check that the labels are" in said[0]
     assert model.results["tuning"]["target"]["kind"] == "max_fidelity_drop"
+
+
+def test_labels_of_minus_one_among_classes_are_named_where_an_accuracy_is_asked_for_and_what_to_do_with_them():
+    x, y = images(60).tensors
+    y[::7] = -1
+    said = (
+        r"^max_drop=0\.02 needs labels under which the backbone is right\. Some of the labels are no classes of the backbone, which are "
+        r"0 to 3: -1\. Leave such images out, or number them as the backbone's classes\. Or give max_fidelity_drop=0\.02\.$"
+    )
+    with pytest.raises(DataError, match=said):
+        fit(network(), TensorDataset(x, y), max_drop=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

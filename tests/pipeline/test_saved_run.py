@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from cases import slow
 from safetensors.torch import save_file
 
 import ptee
-from ptee._common.errors import PteeError
+from ptee._common.errors import DataError, PteeError
 from ptee._common.text import printable
 from ptee.backbones.load import load_backbone
+from ptee.pipeline.recorded import require_openable
 from ptee.pipeline.saved_run import open_run
 
 
@@ -48,3 +50,15 @@ def test_images_in_no_place_for_images_are_not_looked_for(data: dict[str, Any], 
         open_run(str(run))
     assert printable(str(refusal.value)) == str(refusal.value)
     assert len(str(refusal.value)) < 400
+
+
+def test_where_the_folder_of_a_runs_images_is_gone_the_run_is_named_and_how_to_say_where_they_are(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    gone = tmp_path / "gone"
+    (run / "config.json").write_text(json.dumps(config | {"results": {"data": {"source": str(gone)}}}))
+    said = (
+        rf"^{run} was made with the images of {gone}, which is no folder here\. .* where they are now: data=FOLDER\.$"
+    )
+    for opening in (open_run, partial(require_openable, weights=None, images=True)):
+        with pytest.raises(DataError, match=said):
+            opening(str(run))

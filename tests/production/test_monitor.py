@@ -97,11 +97,24 @@ def test_a_failing_audit_or_alarm_costs_no_answer():
         raise OSError("the pager is down")
 
     with torch.no_grad(), audited(model, on_alarm=page, max_fidelity_drop=1e-4) as monitor:
-        with pytest.warns(UserWarning, match="An audit failed, and the answers stand: OSError: the pager is down"):
+        with pytest.warns(
+            UserWarning, match="raised an alarm, and its on_alarm failed. The answers stand. OSError: the pager is down"
+        ):
             out = model.predict(X)
         assert torch.equal(out.logits, model.predict(X).logits)
     assert monitor.as_dict()["failed"] == 1
     assert monitor.alarm is not None
+
+
+def test_an_alarm_that_cannot_be_told_is_warned_of_also_behind_an_audit_that_failed():
+    model = leaving()
+    fails = {"on_alarm": lambda _: 1 / 0, "max_fidelity_drop": 1e-4}
+    with torch.no_grad(), audited(model, **fails) as monitor:
+        monitor._failed = 1
+        with pytest.warns(
+            UserWarning, match="its on_alarm failed. The answers stand. ZeroDivisionError: division by zero"
+        ):
+            model.predict(X)
 
 
 def test_who_goes_on_from_an_alarm_leaves_no_row_early():

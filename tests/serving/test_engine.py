@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from contextlib import suppress
@@ -50,6 +51,42 @@ def test_thresholds_of_the_model_are_live(server, model):
     for threshold in ([0.3, 0.3], [0.9, 0.5]):
         model.threshold = threshold
         require_same(asked(server, x)[0], model, x)
+
+
+def test_no_images_get_no_answers(server):
+    assert asyncio.run(asyncio.wait_for(server.answer(images(3)[:0]), 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (images(1)[0], r"takes images \(b, 3, 8, 8\), not \(3, 8, 8\)\. For one image give x\[None\]\.$"),
+        (images(2)[..., :7], r"takes images \(b, 3, 8, 8\), not \(2, 3, 8, 7\)\.$"),
+        (torch.zeros(2, 3, 8, 8), r"in an array of numpy, not Tensor\. Give x\.cpu\(\)\.numpy\(\)\.$"),
+        (images(2).tolist(), r"in an array of numpy, not list\.$"),
+        (images(2).astype("float64"), r"takes images of type float32, not float64\."),
+        (images(2).astype("uint8"), r"takes images of type float32, not uint8\."),
+        (np.where(np.arange(3)[:, None, None, None] == 1, np.nan, images(3)).astype("f"), "the image of index 1 has others"),
+        (np.where(np.arange(3)[:, None, None, None] == 2, -np.inf, images(3)).astype("f"), "the image of index 2 has others"),
+    ],
+)  # fmt: skip
+def test_what_is_no_array_of_such_images_is_refused_in_python(server, given, said):
+    with pytest.raises(PteeError, match=said) as raised:
+        asyncio.run(asyncio.wait_for(server.answer(given), 10))
+    assert raised.value.argument == "images" and raised.value.value is given
+
+
+def test_an_array_in_any_order_or_that_is_read_only_is_answered_as_it_reads(server, model, recwarn):
+    x = images(6)
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    for given in (x[::-1], np.asfortranarray(x), fixed):
+        require_same(asked(server, given)[0], model, given.copy(order="C"))
+    assert [str(w.message) for w in recwarn if "writable" in str(w.message)] == []
+
+
+def test_large_finite_numbers_are_no_fault(server):
+    assert len(asked(server, np.full((2, 3, 8, 8), 3e38, dtype="f"))[0]) == 2
 
 
 def patient() -> ptee.EarlyExitModel:

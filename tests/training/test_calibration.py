@@ -301,7 +301,7 @@ def test_a_refusal_leaves_the_model_as_it_was(more, kind, words, model, images):
 
 
 def test_labels_that_are_no_classes_are_refused_where_the_question_needs_labels(model, images):
-    with pytest.raises(DataError, match=f"its labels are {K} to {K}"):
+    with pytest.raises(DataError, match=f"the labels are {K} to {K}"):
         calibrate(model, TensorDataset(images, torch.full((n,), K)), target="best")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import SIZE, K, Normalises, OwnLoader, Stream, labelled, made
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
@@ -227,6 +227,20 @@ def test_images_for_which_the_backbone_has_no_answer_are_refused_with_their_numb
     for measure in (record, ptee.evaluate):
         with pytest.raises(DataError, match=said):
             measure(made(), labelled, batch_size=4)
+
+
+def test_an_image_without_an_answer_is_named_by_its_place_in_the_whole_data_set():
+    x = images(12, *SIZE)
+    x[7] = math.nan
+    half = Subset(Subset(TensorDataset(x), range(1, 12, 2)), [5, 3, 1])
+    with pytest.raises(
+        DataError, match=r"NaN for 1 of 3 images \(the first has the index 7 in the TensorDataset of 12\)"
+    ):
+        record(made(), half)
+    with pytest.raises(
+        DataError, match=r"NaN for 1 of 3 images \(the first has the index 1 in the order of the loader\)"
+    ):
+        record(made(), DataLoader(half, batch_size=2))
 
 
 def test_an_exit_without_an_answer_and_classes_that_cannot_be_are_measured():
