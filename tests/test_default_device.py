@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow
 from device import here
 from extras import needs_onnx
 from small import SIZE, labelled, made
@@ -132,9 +133,21 @@ CASES = [
 ]
 
 
+def _marked(default: str, step: str) -> Any:
+    """What takes longest is tried with one default alone."""
+    if "ONNX" in step:
+        return pytest.param(default, step, marks=[needs_onnx, pytest.mark.slow])
+    twice = default == "number type" and step in (
+        "an exported model",
+        "a comparison",
+        "a training with processes that read",
+    )
+    return slow(default, step) if twice else (default, step)
+
+
 @pytest.mark.parametrize(
     ("default", "step"),
-    [pytest.param(*case, marks=[needs_onnx, pytest.mark.slow]) if "ONNX" in case[1] else case for case in CASES],
+    [_marked(*case) for case in CASES],
 )
 def test_it_gives_the_same_with_another_default(default, step, tmp_path):
     """Many programs set a number type while they build networks, and a device for all that they do."""

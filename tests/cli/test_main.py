@@ -216,8 +216,17 @@ def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
 
 
 @pytest.mark.cpu("files are made on the CPU")
-@pytest.mark.parametrize("before", [True, False], ids=["before all is written", "afterwards"])
-@pytest.mark.parametrize("step", ["_require_same", "replace_files", "publish"])
+@pytest.mark.parametrize(
+    ("step", "before"),
+    [
+        ("_require_same", True),
+        slow("_require_same", False),
+        slow("replace_files", True),
+        slow("replace_files", False),
+        slow("publish", True),
+        ("publish", False),
+    ],
+)
 def test_ctrl_c_in_an_export_says_what_was_written(step, before, run, finished, elsewhere, monkeypatch):
     usual = getattr(exporting, step)
 
