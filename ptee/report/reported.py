@@ -11,8 +11,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.tuning.traces import Traces
-
-KINDS = ("max_drop", "max_fidelity_drop", "max_cost")  # of targets
+from ptee.tuning.tune import target_in_force
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,7 @@ class Reported:
     @property
     def target(self) -> Mapping[str, Any] | None:
         """Kind and limit that the thresholds were chosen for, and the unit of a time; None if none, or if others were set since."""
-        tuning, model = self.results.get("tuning"), self.model
-        tuning = tuning if isinstance(tuning, dict) else {}
-        target, chosen, off = tuning.get("target"), tuning.get("threshold"), tuple(tuning.get("off", ()))
-        if not isinstance(target, dict) or target.get("kind") not in KINDS or not isinstance(chosen, list):
-            return None
-        if len(chosen) != len(model.threshold) or off != model.off:
-            return None
-        same = all(t == model.threshold[n] for n, t in enumerate(chosen) if n not in off)
-        return {**target, "unit": str(tuning.get("unit") or "")} if same else None
+        return target_in_force(self.results.get("tuning"), self.model)
 
     def target_drop(self, labelled: bool) -> float | None:
         """The drop that the thresholds were chosen for: of accuracy on images with labels, of fidelity on others."""

@@ -14,10 +14,10 @@ from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
-from ptee.exits.blend import OWN
+from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.tuning.config import Target, ThresholdsConfig, below
+from ptee.tuning.config import EXAMPLES, Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.operating_points import operating_points
 from ptee.tuning.reachable import Margin, require_right
@@ -151,6 +151,23 @@ def choose_thresholds(
     return parts.report, parts.words, found
 
 
+def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None:
+    """Kind and limit that a model's thresholds were chosen for, and the unit of a time, as `results["tuning"]` has them; None if others
+    were set since."""
+    tuning = tuning if isinstance(tuning, dict) else {}
+    target, chosen, off = tuning.get("target"), tuning.get("threshold"), tuning.get("off", [])
+    if not isinstance(target, dict) or target.get("kind") not in EXAMPLES:
+        return None
+    if isinstance(target.get("limit"), bool) or not isinstance(target.get("limit"), int | float):
+        return None
+    if not all(isinstance(each, list | tuple) for each in (chosen, off)) or tuple(off) != model.off:
+        return None
+    if len(chosen) != len(model.threshold):
+        return None
+    same = all(t == model.threshold[n] for n, t in enumerate(chosen) if n not in off)
+    return {**target, "unit": str(tuning.get("unit") or "")} if same else None
+
+
 def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
     """Whether a target is missed in JSON-able results on other images; None if a drop of accuracy is not known there."""
     backbone, own = results["rows"][0], results["rows"][-1]
@@ -165,16 +182,33 @@ def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
 
 def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:
     """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
-    target, backbone, own, n = solution.target, results["rows"][0], results["rows"][-1], results["samples"]
+    if solution.target.kind == "max_cost" and solution.score.time is not None:
+        return f"Target: {solution.target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False
+    on_others = f" (on the other images, which the thresholds were chosen on: {solution.cost:.4f})"
+    return _outcome(solution.target, results, blended=solution.blend is not None, on_others=on_others)
+
+
+def outcome_in_force(model: EarlyExitModel, results: Mapping[str, Any]) -> tuple[str, bool]:
+    """The same sentence for the target that a model's thresholds were chosen for before; and whether more is lost than it allows.
+
+    Nothing, if other thresholds are in force, or seconds are limited.
+    """
+    known = target_in_force((model.results or {}).get("tuning"), model)
+    if known is None or (known["kind"] == "max_cost" and known["unit"]):
+        return "", False
+    target = Target(known["kind"], known["limit"])
+    outcome, missed = _outcome(target, results, blended=model.answers == BLENDED)
+    return outcome, missed and target.kind != "max_cost"
+
+
+def _outcome(target: Target, results: Mapping[str, Any], *, blended: bool, on_others: str = "") -> tuple[str, bool]:
+    backbone, own, n = results["rows"][0], results["rows"][-1], results["samples"]
     interval = interval_words(own["fidelity"], n)
-    if results["leaving"][-1] == 1 and solution.blend is None:  # the answers are the backbone's
+    if results["leaving"][-1] == 1 and not blended:  # the answers are the backbone's
         interval = "(no image left early)"
-    if target.kind == "max_cost" and solution.score.time is not None:
-        return f"Target: {target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False
     missed = is_missed(target, results)
     if target.kind == "max_cost":
-        on_others = f" (on the other images, which the thresholds were chosen on: {solution.cost:.4f})" * bool(missed)
-        words = f"{own['cost']:.4f}{on_others}"
+        words = f"{own['cost']:.4f}{on_others * bool(missed)}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
         words = f"{1 - own['fidelity']:.4f} of the answers differ {interval}"
     else:

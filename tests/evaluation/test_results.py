@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import small
 import torch
-from device import here
+from device import here, seeded
 from small import SIZE, K, made
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -266,6 +266,19 @@ def test_the_results_know_whether_the_thresholds_were_chosen_for_fidelity(wish, 
     ptee.tune(model, data, **{wish: 0.25}, answers="own")
     assert evaluate(model, data, speed=False).for_fidelity is for_fidelity
     assert not evaluate(model, data, threshold=0.123, speed=False).for_fidelity
+
+
+@pytest.mark.parametrize("missed", [False, True], ids=["kept", "missed"])
+def test_it_says_whether_the_target_of_the_thresholds_is_kept(missed):
+    model, images = made(), 3 * torch.randn(300, *SIZE, generator=seeded(4))
+    ptee.tune(model, TensorDataset(images), max_fidelity_drop=0.99, margin=0, answers="own")  # so all leave at exit 0
+    differ = model(images).argmax(-1) != model.bare(images).argmax(-1)
+    found = evaluate(model, TensorDataset(images[differ] if missed else images), speed=False)
+    word = "Missed" if missed else "Kept"
+    said = f"Target: at most 0.99 of the answers differ from the backbone's. {word} on {found.samples} report images: "
+    assert said in str(found)
+    assert found.loses_too_much is missed
+    assert "Target:" not in str(evaluate(model, TensorDataset(images), threshold=0.123, speed=False))
 
 
 def test_labels_under_which_the_backbone_is_near_chance_are_doubted_in_place_of_advice():
