@@ -21,7 +21,7 @@ from ptee.serving.pieces import About, Pieces, pieces_of_model, pieces_of_runner
 from ptee.serving.policy import Policy, measure, policy_of
 from ptee.serving.queues import Answer
 from ptee.serving.settings import FixedSettings, ModelSettings
-from ptee.serving.uploads import images_from_python
+from ptee.serving.uploads import images_from_python, thresholds_from_python
 
 LAST_S = 0.5  # in which the last connections that were taken send their requests
 HEADERS_S = 10.0  # until the headers of a request are whole
@@ -117,15 +117,17 @@ class LocalServer:
 
         Args:
             images: any number, normalised.
-            limits: thresholds (b, E); None: those in force.
+            limits: thresholds, a number or what broadcasts to (b, E); None: those in force.
 
         Raises:
             BusyError: if there is no room for them.
-            PteeError: if they are no such array of finite numbers.
+            PteeError: if the images are no such array of finite numbers, or the thresholds are of another shape.
         """
         images = images_from_python(images, self.about)
         if not len(images):  # no row would come to an end and tell it
             return []
+        if limits is not None:  # wrong ones would end other callers' rows, too
+            limits = thresholds_from_python(limits, len(images), len(self.about.exits))
         loop, began, by_pace = asyncio.get_running_loop(), time.monotonic(), self._engine.by_pace_s()
         future: asyncio.Future[list[Answer]] = loop.create_future()
 

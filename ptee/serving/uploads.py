@@ -17,6 +17,7 @@ from ptee._common.errors import PteeError, first_line
 from ptee._common.files import from_json
 from ptee._common.text import type_name
 from ptee.data.pixels import SCANS, model_input, resized_sides, scans_of
+from ptee.exits.config import threshold_numbers, wrong_number
 from ptee.serving.pieces import About
 
 PICTURES = {"image/png": "PNG", "image/jpeg": "JPEG"}
@@ -239,6 +240,15 @@ def images_from_python(images: Any, about: About) -> np.ndarray:
     if odd:
         raise PteeError(f"This model takes {odd}", argument="images", value=images)
     return _writeable(np.ascontiguousarray(images))
+
+
+def thresholds_from_python(limits: Any, rows: int, exits: int) -> np.ndarray:
+    """T (b, E) of a caller in Python. Raises a PteeError for what is no threshold, or of another shape."""
+    given = threshold_numbers(limits)
+    try:
+        return np.broadcast_to(given, (rows, exits))
+    except ValueError as why:
+        raise wrong_number(" x ".join(map(str, given.shape)), exits, limits) from why
 
 
 def _all_finite(images: np.ndarray) -> bool:

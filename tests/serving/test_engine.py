@@ -76,6 +76,25 @@ def test_what_is_no_array_of_such_images_is_refused_in_python(server, given, sai
     assert raised.value.argument == "images" and raised.value.value is given
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ([0.5], None),
+        (0.5, None),
+        ([0.5, 0.5, 0.5], "There are 3 thresholds for 2 exits"),
+        ("high", "A threshold is a number"),
+        (float("nan"), "NaN"),
+    ],
+)
+def test_thresholds_for_one_call_in_python_are_a_number_or_one_for_each_exit(server, model, limits, said):
+    x = images(3)
+    if said is None:
+        require_same(asyncio.run(server.answer(x, limits)), model, x, 0.5)
+        return
+    with pytest.raises(PteeError, match=said):
+        asyncio.run(asyncio.wait_for(server.answer(x, limits), 10))
+
+
 def test_an_array_in_any_order_or_that_is_read_only_is_answered_as_it_reads(server, model, recwarn):
     x = images(6)
     fixed = x.copy()
