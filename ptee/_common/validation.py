@@ -156,7 +156,10 @@ def checked(
 
 
 def named(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose error for an unknown argument names the nearest one, and whose errors say what was given. For what is called often: it costs nothing before."""
+    """The function, whose error for an unknown argument names the nearest one, and whose errors say what was given.
+
+    For what is called often: it costs nothing before an error.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

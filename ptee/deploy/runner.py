@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import zipfile
@@ -386,18 +387,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _without_threshold(arguments: Sequence[str]) -> tuple[list[float] | None, list[str]]:
     """The numbers of --threshold, if it is given, and the other words of the call."""
-    words, found = [], None
-    left = iter(arguments)
-    for word in left:
-        name, equals, text = word.partition("=")
-        if not word.startswith("--"):
-            words.append(word)
-        elif name != THRESHOLD:
-            raise unknown("option", name, [THRESHOLD])
-        else:
-            found = text if equals else next(left, "")
-    if found is None:
-        return None, words
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument(THRESHOLD, nargs="?", const="")
+    given, odd = parser.parse_known_intermixed_args(arguments)
+    if odd:
+        raise unknown("option", odd[0], [THRESHOLD])
+    if (found := given.threshold) is None:
+        return None, given.words
     try:
         numbers = [float(number) for number in found.split(",")]
     except ValueError as why:
@@ -405,7 +402,7 @@ def _without_threshold(arguments: Sequence[str]) -> tuple[list[float] | None, li
         text = f"{THRESHOLD} {found!r:.60} is no number. Give one, or one for each exit: 0.9,0.8.{meant}"
         raise PteeError(text) from why
     require_no_percentage(numbers)
-    return numbers, words
+    return numbers, given.words
 
 
 def _answered(folder: str, *paths: str, threshold: Sequence[float] | None = None) -> tuple[list[str], list[str]]:

@@ -161,9 +161,8 @@ def write(
         writers[CARD] = writer_of(card)
     writers |= {name: writer_of(text) for name, text in (more or {}).items()}
     with changing(folder, {} if versions is None else versions, ANOTHER_FOLDER, new=True):
-        if (
-            METRICS not in writers and (folder / METRICS).is_file()
-        ):  # of the run that was there: its results would be of other settings
+        # That of the run that was there holds results of other settings.
+        if METRICS not in writers and (folder / METRICS).is_file():
             with suppress(RunError):  # a damaged one is left
                 writers[METRICS] = writer_of(to_json(metrics_of(folder) | {"results": whole["results"]}) + "\n")
         replace_files(folder, writers | {CONFIG: writer_of(to_json(whole) + "\n")})

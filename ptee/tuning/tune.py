@@ -152,8 +152,10 @@ def choose_thresholds(
 
 
 def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None:
-    """Kind and limit that a model's thresholds were chosen for, and the unit of a time, as `results["tuning"]` has them; None if others
-    were set since."""
+    """Kind and limit that a model's thresholds were chosen for, and the unit of a time, from `results["tuning"]`.
+
+    None if none are known, or other thresholds were set since.
+    """
     tuning = tuning if isinstance(tuning, dict) else {}
     target, chosen, off = tuning.get("target"), tuning.get("threshold"), tuning.get("off", [])
     if not isinstance(target, dict) or target.get("kind") not in EXAMPLES:

@@ -42,9 +42,7 @@ Call = Callable[[], Any]
 def early_exits(name: str, exits: int) -> EarlyExitModel:
     """A model with random weights on the GPU."""
     torch.manual_seed(0)
-    backbone = (
-        timm.create_model(name).eval().cuda()
-    )  # planned there, too: on a CPU that takes longer than all that follows
+    backbone = timm.create_model(name).eval().cuda()  # planned on the GPU, too: on a CPU that takes long
     model = ptee.augment(backbone, exits="pareto", num_exits=exits, head="pool", input_size=SIZE).half()
     if CHANNELS_LAST.get(name, False):
         model.backbone.to(memory_format=torch.channels_last)
