@@ -7,6 +7,8 @@ lock is held as long as anything of it is changed, and all changes are made thro
 Random numbers have a lock of their own, because a training keeps them for hours, and others may load a model meanwhile. Code
 that needs both locks takes the one of the random numbers first. A `LongChange` holds no lock while it lasts.
 
+A child process has only the thread that forked it. The locks and changes of all others end as it begins (`Lock`).
+
 Only standard streams that are closed, full or read by nobody are changed without the lock, as a program begins or ends.
 """
 
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 # Loggers that tell of downloads and retries, and of what torch.export raises in any case.
 LOUD = (
@@ -30,8 +33,42 @@ LOUD = (
 
 NOBODY_READS = 141  # the status of a program that writes to a pipe without a reader
 
-_CHANGES = threading.RLock()
-_RANDOM = threading.RLock()
+
+class Lock:
+    """A lock for threads that a forked child finds free, even if another thread of its parent held it. May be taken again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _LOCKS.add(self)
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Take it; without `blocking` only if no other thread has it. Whether it was taken."""
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> bool:
+        """A new lock, if another thread holds this one. Whether one does."""
+        held = not self._lock.acquire(blocking=False)
+        if held:
+            self._lock = threading.RLock()
+        else:
+            self._lock.release()
+        return held
+
+
+_LOCKS: WeakSet[Lock] = WeakSet()
+_CHANGES = Lock()
+_RANDOM = Lock()
+_IN_FORCE: list[Change] = []  # in the order in which they were made
 
 
 @contextmanager
@@ -57,6 +94,7 @@ class Change:
             if not self._users:
                 self._made = self._make()
                 self._made.__enter__()
+                _IN_FORCE.append(self)
             self._users += 1
         except BaseException:
             _CHANGES.release()
@@ -66,15 +104,23 @@ class Change:
         try:
             self._users -= 1
             if not self._users:
+                _IN_FORCE.remove(self)
                 self._made.__exit__(None, None, None)
         finally:
             _CHANGES.release()
+
+    def end(self) -> None:
+        """Undo it, whoever has entered it."""
+        self._users = 0
+        _IN_FORCE.remove(self)
+        self._made.__exit__(None, None, None)
 
 
 class LongChange(Change):
     """A change that lasts for hours. The lock is held only while it is made and while it is undone.
 
-    Other changes come and go meanwhile, so what they set must suit this one, too.
+    Other changes come and go meanwhile, so what they set must suit this one, too. It goes on in a forked child: a training's
+    loaders are its children.
     """
 
     def __enter__(self) -> None:
@@ -84,6 +130,20 @@ class LongChange(Change):
     def __exit__(self, *_: object) -> None:
         _CHANGES.acquire()
         super().__exit__()
+
+
+def _renew() -> None:
+    """In a forked child, what other threads of its parent held and changed."""
+    for lock in list(_LOCKS):
+        taken = lock.renew()
+        if lock is _CHANGES and taken:
+            for change in [change for change in reversed(_IN_FORCE) if not isinstance(change, LongChange)]:
+                with suppress(Exception):  # the other thread was just making or undoing it
+                    change.end()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_renew)
 
 
 @Change

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
 from ptee._common.files import file_hash, from_json, is_file, read_object, to_json
+from ptee._common.process import Lock
 from ptee._common.writing import (
     alone,
     cannot_write,
@@ -225,7 +225,7 @@ class PartsWriter:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = Lock()
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Those of these parts that are not there yet."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from ptee import __version__
 from ptee._common.devices import wait
 from ptee._common.errors import Argument, PteeError, first_line, warn
+from ptee._common.process import Lock
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.exits.blend import OWN
 from ptee.production.monitor_state import read_state
@@ -95,7 +95,7 @@ class Monitor:
 
     def __init__(self, model: Any, settings: MonitorConfig, max_fidelity_drop: float | None) -> None:
         self.model, self.settings, self._alpha = model, settings, 1 - settings.confidence
-        self._lock, self._random = threading.RLock(), random.Random(settings.seed)
+        self._lock, self._random = Lock(), random.Random(settings.seed)
         self._images = self._audited = self._differed = self._failed = 0
         self._seconds = 0.0
         self._promise(max_fidelity_drop)

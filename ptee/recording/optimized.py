@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Argument, PteeError, unknown
+from ptee._common.process import Lock
 from ptee._common.text import shown
 from ptee._common.validation import checked, named
 from ptee.analysis.freezing import one_parameter
@@ -62,7 +62,7 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.model, self.max_batch, self.mode, self._limit = model, max_batch, mode, limit
         self._example = example_images(model, 1)
-        self._lock = threading.Lock()
+        self._lock = Lock()
         # the pieces without heads, if they are timed
         self._bare: dict[int, tuple[Buckets, list[Callable[[], None]]]] = {}
         with _as_recorded(self._example):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.process import Lock
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.exits.config import wrong_number
 from ptee.production.settings import in_force
@@ -77,7 +77,7 @@ class ModelSettings:
 
     def __init__(self, model: Any, exchange: Callable[[Any, bool, Callable[[], None]], None]) -> None:
         self._model, self._exchange = model, exchange
-        self._lock = threading.Lock()  # one change at a time
+        self._lock = Lock()  # one change at a time
 
     def now(self) -> dict[str, Any]:
         """Those in force."""

@@ -15,6 +15,7 @@ from io import StringIO
 import pytest
 import torch
 from device import here
+from forked import in_a_child
 from small import SIZE, labelled, made
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -22,6 +23,7 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.process import (
     LOUD,
+    Lock,
     no_fused_attention,
     no_logs,
     no_pickles,
@@ -249,3 +251,69 @@ def test_a_gpu_that_is_used_later_begins_with_the_seed_of_the_user(monkeypatch):
     with own_random_numbers():
         torch.rand(2)
     assert not seeds, "one of its own is kept"
+
+
+@pytest.mark.cpu("a child that was forked cannot use a GPU")
+def test_a_forked_child_has_neither_the_locks_nor_the_changes_of_other_threads():
+    before, inside, done = state(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with own_random_numbers(), no_pickles, no_logs, no_fused_attention, no_warnings:
+            inside.set()
+            done.wait(60)
+
+    def child() -> bool:
+        free = state()
+        with own_random_numbers(), no_pickles, no_stdout:
+            changed = state() != before
+        return free == before and changed and state() == before
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+    try:
+        assert in_a_child(child)
+    finally:
+        done.set()
+        thread.join()
+    assert state() == before
+
+
+@pytest.mark.cpu("a child that was forked cannot use a GPU")
+def test_a_forked_child_keeps_the_changes_of_the_thread_that_forked_it():
+    with no_pickles, no_logs:
+        inside = state()
+        assert in_a_child(lambda: state() == inside)
+
+
+@pytest.mark.cpu("a child that was forked cannot use a GPU")
+def test_a_long_change_goes_on_in_a_forked_child():
+    with same_each_time:
+        assert in_a_child(lambda: torch.backends.cudnn.deterministic)
+
+
+@pytest.mark.cpu("a child that was forked cannot use a GPU")
+def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child_and_held_here():
+    lock, inside, done = Lock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+    try:
+        assert in_a_child(lambda: lock.acquire(blocking=False))
+        assert not lock.acquire(blocking=False)
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.cpu("a child that was forked cannot use a GPU")
+def test_a_lock_that_this_thread_holds_is_still_held_in_a_forked_child():
+    lock = Lock()
+    with lock:
+        assert in_a_child(lambda: not at_once(lambda: lock.acquire(blocking=False))[0])

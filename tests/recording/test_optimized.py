@@ -18,6 +18,7 @@ import pytest
 import torch
 from cases import slow
 from device import here, seeded
+from forked import in_a_child
 from rerun import stand_in
 from small import SIZE, K, blended, chained, made
 from torch import Tensor, nn
@@ -194,6 +195,30 @@ def test_threads_wait_for_one_another(mode, x):
     near = tolerance(x.dtype, x.device)
     for i in range(4):
         torch.testing.assert_close(found[i], early.predict(x[i : i + 8 + i], limits).logits, rtol=near, atol=near)
+
+
+@pytest.mark.cpu("a child that was forked cannot use a GPU")
+def test_a_process_forked_while_another_thread_predicts_can_predict(x, monkeypatch):
+    early = made()
+    fast = ptee.optimize(early, mode="eager")
+    want, inside, done = early.predict(x).logits, threading.Event(), threading.Event()
+    within = fast._up_to_date
+
+    def slowly(*args):
+        inside.set()
+        done.wait(60)
+        return within(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fast, "_up_to_date", slowly)
+        thread = threading.Thread(target=fast.predict, args=(x,))
+        thread.start()
+        assert inside.wait(60)
+    try:
+        assert in_a_child(lambda: torch.allclose(fast.predict(x).logits, want, atol=1e-5))
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_an_empty_batch_has_no_answers(mode):
