@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
 from hashlib import sha256
+from heapq import nsmallest
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -32,6 +33,8 @@ Labelled = Dataset[tuple[Tensor, int]]
 Key = tuple[str, str, str]  # part, name and class of a file
 CHECKED_AT_ONCE = 64  # pictures for one thread at a time; handing over a small one costs more than checking it
 COMPARED_AT_MOST = 2_000  # files that are read to find copies
+SAMPLED = 16  # files by which training images are known in other folders
+HALF = 16  # letters of one of the two hashes of such a file
 NAMED_AT_MOST = 100  # unreadable pictures in one message
 LARGEST_PICTURE = 2**30  # bytes of one encoded picture
 NOT_A_FILE = "not a regular file"
@@ -281,6 +284,23 @@ def copies(some_files: Sequence[File], others: Sequence[File], most: int = COMPA
         same = {_hash(file): file for file in reversed(theirs)}
         found += [(file, same[key]) for file in ours if (key := _hash(file)) in same and key]
     return found
+
+
+def sample_of(files: Iterable[File]) -> list[str]:
+    """A few of these files, wherever they lie: of each a hash of its name and one of its bytes."""
+    few = nsmallest(SAMPLED, (file for file in files if file.path), key=_hash_of_name)
+    return [_hash_of_name(file) + hashed.hex()[:HALF] for file in few if (hashed := _hash(file))]
+
+
+def number_in_sample(files: Iterable[File], sample: Sequence[str]) -> int:
+    """How many of a sample are among these files, with the same name and the same bytes."""
+    names, whole = {one[:HALF] for one in sample}, set(sample)
+    alike = [(name, file) for file in files if file.path and (name := _hash_of_name(file)) in names]
+    return len({one for name, file in alike if (one := name + _hash(file).hex()[:HALF]) in whole})
+
+
+def _hash_of_name(file: File) -> str:
+    return sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()[:HALF]
 
 
 def _hash(file: File) -> bytes:

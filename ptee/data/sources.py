@@ -22,7 +22,7 @@ from ptee._common.text import NO_UTF8, escaped
 from ptee.data.demo_images import DEMO, fingerprint
 from ptee.data.folders import Listing, list_files
 from ptee.data.named import is_sided, list_named, require_name
-from ptee.data.pictures import Key, Pictures
+from ptee.data.pictures import Key, Pictures, sample_of
 from ptee.data.splits import FILES, PARTS, Data, complete
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def _split(
     split: dict[str, Any] = {"kind": listing.kind, "parts": listing.origin, "rule": rule, "seed": seed}
     if is_files:
         split["files_sha256"] = files
+        split["train_sample"] = sample_of(parts["train"].files)
     if listing.kind == DEMO:
         split["pictures_sha256"] = fingerprint(listing)
     split["sizes"] = {part: len(pictures) for part, pictures in parts.items()}

@@ -27,7 +27,7 @@ from ptee._common.files import expanded
 from ptee._common.listing import subfolders
 from ptee._common.text import number_of, quoted
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.pictures import Labelled, Pictures, copies
+from ptee.data.pictures import Labelled, Pictures, copies, number_in_sample
 
 PARTS = ("train", "calibration", "validation")
 # Names of parts, best first. Case does not matter, and "set" and other words may follow: test_set, val2017, "Training images".
@@ -347,11 +347,11 @@ def parts_for_all(runs: Sequence[Unseen]) -> Parts:
 def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tuple[Any, str]:
     """Images that a run's heads were not trained on, and a sentence about them.
 
-    `recorded` holds the source, the folder of the training images in it (`train`) and the files_sha256 of the data that the run was
-    trained with, as far as they are known.
+    `recorded` holds the source, the folder of the training images in it (`train`), a sample of these (`train_sample`) and the
+    files_sha256 of the data that the run was trained with, as far as they are known.
 
     Raises:
-        DataError: if they are the run's own data, but with other files: so others would be drawn; or its training images.
+        DataError: if they are the run's own data, but with other files: so others would be drawn; or most of its training images.
     """
     if {"source", "train"} <= recorded.keys() and Path(data.place).is_relative_to(
         Path(recorded["source"], recorded["train"])
@@ -366,14 +366,19 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
     same = here if files is None else files == data.split.get("files_sha256")
     if same or "validation" in data.split["parts"]:
         return data.validation, data.summary
-    if here:
+    every: Any = ConcatDataset([data.train, data.calibration, data.validation])
+    sample = recorded.get("train_sample", ())
+    seen = number_in_sample((f for part in every.datasets for f in part.files), sample) if sample else 0
+    if here or seen > len(sample) / 2:
         raise DataError(
             f"{data.source} has other files than when {run} was trained, so nobody knows which of them it has not seen. "
             "Put them back as they were, or give other images: ",
             *GIVE_DATA,
         )
-    every: Any = ConcatDataset([data.train, data.calibration, data.validation])
-    return every, f"{data.source}: all {number_of(len(every), 'image')}{data.unread}."
+    words = f"{data.source}: all {number_of(len(every), 'image')}{data.unread}."
+    if seen:
+        words += f" {run} was trained on some of these ({seen} of {len(sample)} that were looked for are here), so results are better than on new ones."
+    return every, words
 
 
 def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tuple[Any, str]:

@@ -134,9 +134,10 @@ def or_weights(given: bool) -> Iterator[None]:
 
 
 def recorded_images(run: str, results: Any, data: str | None = None) -> dict[str, Any]:
-    """source, train, root, seed, files_sha256, classes and removed of a run's images, as far as they are recorded on this disk.
+    """What is known of a run's images, as far as it is recorded on this disk.
 
-    `train` is the folder or file in the source that holds the training images.
+    That is source, train, train_sample, root, seed, files_sha256, classes and removed. `train` is the folder or file in the source
+    that holds the training images.
 
     `data` are others, which the user gives.
 
@@ -166,6 +167,8 @@ def _recorded(run: str, results: Any) -> dict[str, Any]:
         known["seed"] = seed
     if _is_text(classes := split.get("classes")):
         known["classes"] = classes
+    if _is_text(sample := split.get("train_sample")):
+        known["train_sample"] = sample
     if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
         known["removed"] = [tuple(key) for key in removed]
     return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -181,6 +182,36 @@ def test_a_run_is_reported_on_images_that_it_has_not_seen(folder, tmp_path):
     assert len(images) == 20 and "all 20 images" in words
     with pytest.raises(DataError, match=r"other files than when run was trained.*data=FOLDER"):
         images_to_report_on(data, known | {"files_sha256": "another"}, "run")
+
+
+def test_training_images_are_known_in_another_folder_even_if_files_are_missing(tmp_path):
+    names = numbered(40)
+    run = opened(write_folder(tmp_path / "of the run", names))
+    known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
+    moved = (tmp_path / "of the run").rename(tmp_path / "moved")
+    (moved / names[3]).unlink()
+    with pytest.raises(DataError, match=r"moved has other files than when run was trained, .*data=FOLDER"):
+        images_to_report_on(opened(moved), known, "run")
+    trained = [file.name for file in run.train.files]
+    others = write_folder(tmp_path / "others", [f"{name[0]}/other{i}.png" for i, name in enumerate(names)])
+    assert images_to_report_on(opened(others), known, "run")[1] == f"{others}: all 40 images."
+    for name in trained[:8]:
+        (moved / name).rename(others / name)
+    assert re.search(
+        r"run was trained on some of these \(\d of 16 that", images_to_report_on(opened(others), known, "run")[1]
+    )
+
+
+def test_other_pictures_of_the_same_names_are_no_training_images(tmp_path):
+    names = numbered(40)
+    run = opened(write_folder(tmp_path / "of the run", names))
+    known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
+    same_names = write_folder(
+        tmp_path / "same names", ["a/more.png", *names]
+    )  # each has the grey level of the next one
+    images, words = images_to_report_on(opened(same_names), known, "run")
+    assert len(images) == 41
+    assert "was trained on" not in words
 
 
 def test_the_training_images_of_a_run_are_refused_by_their_own_folder(folder):
