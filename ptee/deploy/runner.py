@@ -160,9 +160,9 @@ class Runner:
         if not fits:
             raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
         if x.ndim != 4 or tuple(x.shape[1:]) != size or not len(x):
-            raise PteeError(
-                f"This model takes images (b, {', '.join(map(str, size))}), b of 1 or more, not {tuple(x.shape)}."
-            )
+            one = " For one image give x[None]." if tuple(x.shape) == size else ""
+            wanted = f"images (b, {', '.join(map(str, size))}), b of 1 or more"
+            raise PteeError(f"This model takes {wanted}, not {tuple(x.shape)}.{one}")
         if type_name(x.dtype) != dtype:
             raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
         if isinstance(x, np.ndarray):

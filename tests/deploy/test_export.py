@@ -172,14 +172,26 @@ def test_thresholds_that_are_no_numbers_are_refused(threshold, exported):
         (images(2, (3, 9, 9)), r"\(b, 3, 8, 8\), b of 1 or more, not \(2, 3, 9, 9\)"),
         (images(2).double(), r"of type float32, not torch\.float64"),
         (images(2).numpy(), r"a tensor of torch \(b, c, h, w\), not ndarray"),
-        (images(0), r"b of 1 or more"),
+        (images(1)[0], r"not \(3, 8, 8\)\. For one image give x\[None\]\.$"),
+        (images(0), r"b of 1 or more, not \(0, 3, 8, 8\)\.$"),
         (images(2).to_sparse(), r"these are sparse \(sparse_coo\)\. Give x\.to_dense\(\)"),
         (images(2).to("meta"), r"these are on the meta device"),
         (torch.nested.nested_tensor([*images(2)], layout=torch.jagged), r"these are nested, .* Give torch\.stack"),
         (None, r"not NoneType"),
         ("a", r"not str"),
     ],
-    ids=["another size", "another type", "another kind", "no rows", "sparse", "meta", "nested", "nothing", "text"],
+    ids=[
+        "another size",
+        "another type",
+        "another kind",
+        "one image",
+        "no rows",
+        "sparse",
+        "meta",
+        "nested",
+        "nothing",
+        "text",
+    ],
 )
 def test_other_images_are_refused(x, match, runner):
     with pytest.raises(PteeError, match=match):
