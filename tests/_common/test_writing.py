@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +101,10 @@ def interrupted_at(n: int, done: bool) -> Iterator[None]:
             step(*given, **more) if done else None
         raise KeyboardInterrupt
 
+    places = [os, *filter(None, [getattr(pathlib, "_NormalAccessor", None)])]  # pathlib of Python 3.10 keeps its own
     with pytest.MonkeyPatch.context() as patch:
-        for name in STEPS:
-            patch.setattr(os, name, partial(counted, getattr(os, name)))
+        for place, name in product(places, STEPS):
+            patch.setattr(place, name, partial(counted, getattr(place, name)))
         yield
     assert left[0] < 0, "it is over before"
 

@@ -93,7 +93,8 @@ def test_tensors_on_another_device_are_refused():
 
 
 def quantised(x: Tensor) -> Tensor:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return torch.quantize_per_tensor(x.cpu(), 0.1, 0, torch.quint8)
 
 

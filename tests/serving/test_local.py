@@ -152,7 +152,7 @@ async def is_closed(reader: asyncio.StreamReader, within_s: float = 5) -> bool:
     """Whether the server closes it, whatever it says before."""
     try:
         await asyncio.wait_for(reader.read(), within_s)
-    except TimeoutError:
+    except asyncio.TimeoutError:
         return False
     except ConnectionError:
         return True
