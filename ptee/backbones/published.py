@@ -211,7 +211,7 @@ def _nothing_known(model: str) -> BackboneError:
     near = " They are of networks for ImageNet, and this one is for small images." if other else possible(model, names)
     return BackboneError(
         f"Nothing is known of {model!r:.200}: {SOURCE} do not name it.{near} With a run and a smaller network of your "
-        "own: ptee compare RUN --static NAME.", argument="model", value=model,
+        "own: ptee compare RUN --static NAME=FILE.", argument="model", value=model,
     )  # fmt: skip
 
 

@@ -70,10 +70,10 @@ def require_comparing(runs: Sequence[str], o: dict[str, Any]) -> Any:
     return by
 
 
-def comparison_of(o: dict[str, Any], by: Any) -> dict[str, Any]:
+def comparison_of(runs: Sequence[str], o: dict[str, Any], by: Any) -> dict[str, Any]:
     """How runs are compared, by the options of a command, and by what cost."""
     how = {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor} | how_of(o)
-    return how | {"static": static_networks(o["static"]), "drops": o["drops"], "lines": lines_of(o)}
+    return how | {"static": static_networks(o["static"], runs), "drops": o["drops"], "lines": lines_of(o)}
 
 
 @command(short_help="Draw all about a run on one page.")
@@ -113,7 +113,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     if o["recorded"]:
         said = recorded_only(run, o["weights"])
     else:
-        how = comparison_of(o, by)
+        how = comparison_of(runs, o, by)
         opened = {name: open_run(folder, **where_of(o)) for name, folder in folders.items()}
         with next(iter(opened.values())).at_work():
             said, _ = reported(opened, folders, log=click.echo, pictures=o["images"], **how)
@@ -160,7 +160,7 @@ def plot(run: str, kind: str, **o: Any) -> None:
     else:
         from ptee.pipeline.saved_run import open_run
 
-        how = comparison_of(o, by)
+        how = comparison_of([run], o, by)
         opened = open_run(run, **where_of(o))
         with opened.at_work():
             how = how if kind == "curve" else {key: how[key] for key in ("batch_size", "num_workers", "device")}

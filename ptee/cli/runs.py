@@ -139,7 +139,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
     from ptee.pipeline.saved_run import compare_runs
     from ptee.report.page import write_page
 
-    how = comparison_of(o, by)
+    how = comparison_of(run, o, by)
     opened = opened_runs(folders, o)
     log = partial(click.echo, err=o["as_json"])
     with next(iter(opened.values())).at_work():

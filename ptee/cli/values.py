@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.errors import Argument, BackboneError, DataError, PteeError
 from ptee._common.listing import require_place
 from ptee._common.validation import LONGEST_VALUE
 from ptee.cli.checks import require_recipe, require_thresholds
@@ -260,15 +260,33 @@ def names_of(runs: tuple[str, ...]) -> dict[str, str]:
     return {end if ends.count(end) == 1 else run: run for run, end in zip(runs, ends, strict=True)}
 
 
-def static_networks(texts: tuple[str, ...]) -> dict[str, Any]:
-    """Smaller networks by name."""
+def static_networks(texts: tuple[str, ...], runs: Sequence[str]) -> dict[str, Any]:
+    """Smaller networks by name, for the classes of runs: those with a file of weights are built for as many."""
+    from ptee.model.run_files import read_config
+
+    found: dict[str, Any] = {}
+    of_runs = [Path(run).absolute().name for run in runs]
+    for name, equals, file in (text.partition("=") for text in texts):
+        called = f"network {name}" if name in of_runs else name
+        if called in found:
+            raise PteeError(f"--static {name} is given twice. Give each network once.")
+        found[called] = _static(name, file if equals else None, read_config(runs[0])[0].backbone.classes)
+    return found
+
+
+def _static(name: str, file: str | None, classes: int) -> Any:
     from ptee.backbones.library import other_words
     from ptee.backbones.load import load_backbone
 
-    found: dict[str, Any] = {}
-    for name, equals, file in (text.partition("=") for text in texts):
-        if name in found:
-            raise PteeError(f"--static {name} is given twice. Give each network once.")
-        with other_words({"weights": f"static={name}"}):
-            found[name] = load_backbone(name, weights=file if equals else None)
-    return found
+    give = (f"Give a file of its weights for these {classes} classes: ", Argument(f"static={name}", "FILE"), ".")
+    try:
+        with other_words({"weights": f"static={name}", "num_classes": "num_classes"}):
+            network = load_backbone(name, weights=file, num_classes=None if file is None else classes)
+    except BackboneError as why:
+        if why.argument != "num_classes":
+            raise
+        raise BackboneError(f"The network {name}: ", why.parts[0], *give, argument="static") from why
+    if network.num_classes != classes:
+        text = f"The network {name} has {network.num_classes} classes, the run {classes}. "
+        raise BackboneError(text, *give, argument="static")
+    return network

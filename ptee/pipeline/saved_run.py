@@ -253,25 +253,28 @@ def compare_runs(
     first = next(iter(runs.values()))
     parts = parts_for_all([run.unseen for run in runs.values()])
     data = first.unseen.data
-    others = _normalised_otherwise(how.get("static") or {}, first.model.origin.input)
+    others = _prepared_otherwise(how.get("static") or {}, first.model.origin.input)
     about = " ".join([f"{data.source}{data.unread}. {parts.words}", *others])
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
 
 
-def _normalised_otherwise(static: Mapping[str, Any], images: InputConfig) -> Iterator[str]:
-    """For each smaller network with weights from a file: that its images are normalised otherwise than these. The file may not want that."""
+def _prepared_otherwise(static: Mapping[str, Any], images: InputConfig) -> Iterator[str]:
+    """For each smaller network with weights from a file: that it takes other images than these. The file may not want that."""
     for name, network in static.items():
         source = network.source if isinstance(network, Backbone) else None
         if source is None or "file" not in (source["weights"] or {}):
             continue
-        if (own := (network.input.mean, network.input.std)) == (images.mean, images.std):
-            continue
-        mean, std = (", ".join(f"{v:g}" for v in values) for values in own)
-        yield (
-            f"{name} takes images normalised by mean {mean} and std {std}, as {source['library']} has it for that name. If its weights were "
-            "trained with others, it is better than this table says."
-        )
+        (_, height, width), own = network.input.input_size, network.input
+        resized = f" of {height} x {width} pixels" if own.input_size != images.input_size else ""
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (own.mean, own.std))
+        alike = (own.mean, own.std) == (images.mean, images.std)
+        normalised = "" if alike else f" normalised by mean {mean} and std {std}"
+        if words := ",".join(filter(None, (resized, normalised))):
+            yield (
+                f"{name} takes images{words}, as {source['library']} has it for that name. If its weights were trained with others, it is "
+                "better than this table says; ptee.compare in Python takes the network itself, and gives it the run's images."
+            )
 
 
 def _times(

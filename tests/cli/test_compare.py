@@ -47,11 +47,57 @@ def test_a_smaller_network_with_weights_of_ones_own_is_said_to_take_images_as_it
     done = run("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
     assert (
-        f"cifar_resnet8 takes images normalised by mean {mean} and std {std}, as timm has it for that name" in done.out
+        f"cifar_resnet8 takes images of 32 x 32 pixels, normalised by mean {mean} and std {std}, as timm has it for that name. If"
+        in done.out
     )
     edited(finished, lambda config: config["backbone"]["input"].update(mean=list(IMAGENET_MEAN)))
     alike = run("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
-    assert "normalised" not in alike.out
+    assert "cifar_resnet8 takes images of 32 x 32 pixels, as timm has it for that name. If" in alike.out
+
+
+@pytest.fixture
+def digits(run, things, tmp_path) -> Path:
+    """A run of a network with seven classes, and a small network of timm with as many beside it."""
+    torch.manual_seed(0)
+    for name in ("cifar_resnet14", "cifar_resnet20"):
+        network = load_backbone(name, num_classes=7, pretrained=False).module
+        save_file(network.state_dict(), f"{name}.safetensors")
+    words = ("--model", "cifar_resnet20", "--weights", "cifar_resnet20.safetensors", "--num-classes", 7)
+    assert run("augment", *words, "--data", things / "two", *SHORT, "--out", "digits").status == 0
+    return Path("digits")
+
+
+@pytest.mark.parametrize(
+    "command", [("compare",), ("report",), ("plot", "--out", "p.html")], ids=lambda words: words[0]
+)
+def test_a_smaller_network_from_a_file_is_built_for_the_classes_of_the_run(run, digits, command):
+    name, *more = command
+    done = run(name, digits, "--static", "cifar_resnet14=cifar_resnet14.safetensors", "--drops", "0.5", *more)
+    assert (done.status, done.err if name != "plot" else "") == (0, "")
+
+
+def test_a_smaller_network_may_be_the_runs_own_with_another_file(run, digits):
+    done = run("compare", digits, "--static", "cifar_resnet20=cifar_resnet20.safetensors", "--drops", "0.5", "--json")
+    lines = {each["name"]: each["entries"] for each in json.loads(done.out)["lines"]}
+    assert lines["cifar_resnet20"][0]["cost"] == pytest.approx(1)
+    assert lines["cifar_resnet20"][0]["fidelity"] == 1
+
+
+def test_a_smaller_network_with_the_name_of_a_run_is_told_from_it(run, digits):
+    digits.rename("cifar_resnet14")
+    words = ("--static", "cifar_resnet14=cifar_resnet14.safetensors", "--drops", "0.5", "--json")
+    names = [each["name"] for each in json.loads(run("compare", "cifar_resnet14", *words).out)["lines"]]
+    assert "network cifar_resnet14" in names
+    assert len(set(names)) == len(names)
+
+
+def test_a_smaller_network_of_other_classes_is_refused_with_both_numbers(run, digits, things):
+    other = f"cifar_resnet8={things / 'weights.safetensors'}"
+    assert_refused(
+        run("compare", digits, "--static", other),
+        r"^The network cifar_resnet8: .*weights.safetensors has 10 classes \(fc\.weight, fc\.bias\), the model has 7\. "
+        r"Give a file of its weights for these 7 classes: --static cifar_resnet8=FILE\.$",
+    )
 
 
 def test_compare_prints_a_table_for_people(run, finished, things):
@@ -167,6 +213,13 @@ def test_a_run_is_called_like_its_folder_from_within_as_well(tmp_path, monkeypat
     ],
     ids=str,
 )
-def test_a_network_that_cannot_be_loaded_is_refused(texts, words):
+def test_a_network_that_cannot_be_loaded_is_refused(texts, words, finished):
     with pytest.raises(PteeError, match=words):
-        static_networks(tuple(texts))
+        static_networks(tuple(texts), [str(finished)])
+
+
+def test_a_published_network_of_other_classes_is_refused_before_images_are_read(finished, monkeypatch):
+    published = load_backbone("cifar_resnet8", num_classes=100, pretrained=False)
+    monkeypatch.setattr("ptee.backbones.load.load_backbone", lambda *_, **__: published)
+    with pytest.raises(PteeError, match="The network cifar_resnet8 has 100 classes, the run 10. Give a file of its"):
+        static_networks(("cifar_resnet8",), [str(finished)])
