@@ -62,7 +62,7 @@ class Backend(Protocol):
     def require_room(self, rows: int = 1) -> None:
         """Raise a BusyError if there is no room for so many more."""
 
-    async def answer(self, images: np.ndarray, limits: np.ndarray | None) -> Sequence[Answer]:
+    async def answer(self, images: np.ndarray, threshold: np.ndarray | None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w), with thresholds (b, E) or those in force."""
 
     def settings(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.validation import named
 from ptee.deploy.runner import Runner
 from ptee.serving.engine import Engine
 from ptee.serving.metrics import Metrics
@@ -112,12 +113,13 @@ class LocalServer:
         """Raise a BusyError if there is no room for so many more."""
         self._engine.require_room(rows)
 
-    async def answer(self, images: np.ndarray, limits: np.ndarray | None = None) -> Sequence[Answer]:
+    @named
+    async def answer(self, images: np.ndarray, threshold: Any = None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w) float32, as the backbone takes them.
 
         Args:
             images: any number, normalised.
-            limits: thresholds, a number or what broadcasts to (b, E); None: those in force.
+            threshold: one number, one for each exit, or (b, E): one for each image and exit. None: those in force.
 
         Raises:
             BusyError: if there is no room for them.
@@ -126,8 +128,9 @@ class LocalServer:
         images = images_from_python(images, self.about)
         if not len(images):  # no row would come to an end and tell it
             return []
-        if limits is not None:  # wrong ones would end other callers' rows, too
-            limits = thresholds_from_python(limits, len(images), len(self.about.exits))
+        limits = None
+        if threshold is not None:  # wrong ones would end other callers' rows, too
+            limits = thresholds_from_python(threshold, len(images), len(self.about.exits))
         loop, began, by_pace = asyncio.get_running_loop(), time.monotonic(), self._engine.by_pace_s()
         future: asyncio.Future[list[Answer]] = loop.create_future()
 

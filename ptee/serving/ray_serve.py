@@ -208,10 +208,9 @@ class RayBackend:
             error.seconds = wait
             raise error
 
-    async def answer(self, images: np.ndarray, limits: np.ndarray | None = None) -> Sequence[Answer]:
+    async def answer(self, images: np.ndarray, threshold: np.ndarray | None = None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w) float32, with thresholds (b, E) or those in force."""
-        if limits is None:
-            limits = np.asarray(self._settings.threshold, dtype=np.float64)
+        limits = np.asarray(self._settings.threshold if threshold is None else threshold, dtype=np.float64)
         wide = np.broadcast_to(limits, (len(images), len(self.about.exits)))
         self.require_room(len(images))
         self.inside += len(images)

@@ -242,13 +242,13 @@ def images_from_python(images: Any, about: About) -> np.ndarray:
     return _writeable(np.ascontiguousarray(images))
 
 
-def thresholds_from_python(limits: Any, rows: int, exits: int) -> np.ndarray:
+def thresholds_from_python(threshold: Any, rows: int, exits: int) -> np.ndarray:
     """T (b, E) of a caller in Python. Raises a PteeError for what is no threshold, or of another shape."""
-    given = threshold_numbers(limits)
+    given = threshold_numbers(threshold)
     try:
         return np.broadcast_to(given, (rows, exits))
     except ValueError as why:
-        raise wrong_number(" x ".join(map(str, given.shape)), exits, limits) from why
+        raise wrong_number(" x ".join(map(str, given.shape)), exits, threshold) from why
 
 
 def _all_finite(images: np.ndarray) -> bool:

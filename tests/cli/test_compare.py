@@ -221,5 +221,5 @@ def test_a_network_that_cannot_be_loaded_is_refused(texts, words, finished):
 def test_a_published_network_of_other_classes_is_refused_before_images_are_read(finished, monkeypatch):
     published = load_backbone("cifar_resnet8", num_classes=100, pretrained=False)
     monkeypatch.setattr("ptee.backbones.load.load_backbone", lambda *_, **__: published)
-    with pytest.raises(PteeError, match="The network cifar_resnet8 has 100 classes, the run 10. Give a file of its"):
+    with pytest.raises(PteeError, match=r"The network cifar_resnet8 has 100 classes, the run 10\. Give a file of its"):
         static_networks(("cifar_resnet8",), [str(finished)])

@@ -15,7 +15,7 @@ from served import T, asked, images, require_same
 from small import blended, chained, made
 
 import ptee
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, UnknownName
 from ptee.serving.engine import BusyError, Engine
 from ptee.serving.local import Batching, LocalServer
 from ptee.serving.metrics import Metrics
@@ -89,10 +89,15 @@ def test_what_is_no_array_of_such_images_is_refused_in_python(server, given, sai
 def test_thresholds_for_one_call_in_python_are_a_number_or_one_for_each_exit(server, model, limits, said):
     x = images(3)
     if said is None:
-        require_same(asyncio.run(server.answer(x, limits)), model, x, 0.5)
+        require_same(asyncio.run(server.answer(x, threshold=limits)), model, x, 0.5)
         return
     with pytest.raises(PteeError, match=said):
-        asyncio.run(asyncio.wait_for(server.answer(x, limits), 10))
+        asyncio.run(asyncio.wait_for(server.answer(x, threshold=limits), 10))
+
+
+def test_an_argument_that_answer_does_not_have_is_refused_with_the_nearest(server):
+    with pytest.raises(UnknownName, match=r"answer\(\) has no argument 'thresholds'\. Did you mean 'threshold'"):
+        server.answer(images(3), thresholds=0.5)
 
 
 def test_an_array_in_any_order_or_that_is_read_only_is_answered_as_it_reads(server, model, recwarn):
