@@ -149,22 +149,24 @@ class Runner:
     def _prepared(self, x: Array) -> Array:
         size, dtype = tuple(self.manifest.input_size), self.manifest.dtype
         if self.manifest.format == "onnx":
-            kind, fits = "an array of numpy", isinstance(x, np.ndarray)
+            kind, fits, cast = "an array of numpy", isinstance(x, np.ndarray), f"x.astype({dtype!r})"
+            advice = " Give x.cpu().numpy()." * hasattr(x, "cpu")
         else:
             import torch
 
             from ptee.data.batches import require_plain
 
-            kind, fits = "a tensor of torch", isinstance(x, torch.Tensor)
+            kind, fits, cast = "a tensor of torch", isinstance(x, torch.Tensor), f"x.to(torch.{dtype})"
+            advice = " Give torch.from_numpy(x)." * isinstance(x, np.ndarray)
             require_plain(x)
         if not fits:
-            raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.")
+            raise PteeError(f"This model takes {kind} (b, c, h, w), not {type(x).__name__}.{advice}")
         if x.ndim != 4 or tuple(x.shape[1:]) != size or not len(x):
             one = " For one image give x[None]." if tuple(x.shape) == size else ""
             wanted = f"images (b, {', '.join(map(str, size))}), b of 1 or more"
             raise PteeError(f"This model takes {wanted}, not {tuple(x.shape)}.{one}")
         if type_name(x.dtype) != dtype:
-            raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}.")
+            raise PteeError(f"This model takes images of type {dtype}, not {x.dtype}. Give them normalised, as {cast}.")
         if isinstance(x, np.ndarray):
             return x
         if len(x) > MAX_ROWS:

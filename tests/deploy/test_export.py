@@ -170,8 +170,11 @@ def test_thresholds_that_are_no_numbers_are_refused(threshold, exported):
     ("x", "match"),
     [
         (images(2, (3, 9, 9)), r"\(b, 3, 8, 8\), b of 1 or more, not \(2, 3, 9, 9\)"),
-        (images(2).double(), r"of type float32, not torch\.float64"),
-        (images(2).numpy(), r"a tensor of torch \(b, c, h, w\), not ndarray"),
+        (
+            images(2).double(),
+            r"of type float32, not torch\.float64\. Give them normalised, as x\.to\(torch\.float32\)\.$",
+        ),
+        (images(2).numpy(), r"a tensor of torch \(b, c, h, w\), not ndarray\. Give torch\.from_numpy\(x\)\.$"),
         (images(1)[0], r"not \(3, 8, 8\)\. For one image give x\[None\]\.$"),
         (images(0), r"b of 1 or more, not \(0, 3, 8, 8\)\.$"),
         (images(2).to_sparse(), r"these are sparse \(sparse_coo\)\. Give x\.to_dense\(\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from device import drawn
@@ -20,6 +21,11 @@ from ptee.deploy.runner import _program, onnx_piece
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ptee.export(made().cpu(), tmp_path_factory.mktemp("exported") / "out")
+
+
+@pytest.fixture(scope="module")
+def in_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ptee.export(made().cpu(), tmp_path_factory.mktemp("onnx") / "out", format="onnx")
 
 
 def test_a_file_that_was_made_on_a_cpu_names_no_other_device_than_the_one_it_is_loaded_for(exported):
@@ -97,6 +103,25 @@ def test_pictures_for_a_network_of_ones_own_are_not_normalised_by_imagenets_mean
     with pytest.warns(UserWarning, match="mean and std of the images are not recorded .* ImageNet's"):
         ptee.load_exported(exported).images([tmp_path / "a.png"])
     assert "their mean and std are not recorded" in (exported / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (
+            torch.zeros(2, *SIZE, device="cpu"),
+            r"takes an array of numpy .*, not Tensor\. Give x\.cpu\(\)\.numpy\(\)\.$",
+        ),
+        ([[0.0]], r"takes an array of numpy \(b, c, h, w\), not list\.$"),
+        (np.zeros((2, *SIZE)), r"float32, not float64\. Give them normalised, as x\.astype\('float32'\)\.$"),
+    ],
+    ids=["a tensor", "a list", "another type"],
+)
+@needs_onnx
+def test_onnx_refuses_what_is_no_such_array_and_says_what_to_type(x, said, in_onnx):
+    runner = ptee.load_exported(in_onnx)
+    with pytest.raises(PteeError, match=said):
+        runner.predict(x)
 
 
 def test_a_network_of_ones_own_is_exported_with_its_mean_and_std(tmp_path, recwarn):
