@@ -100,8 +100,8 @@ def require_weights(file: str | Path) -> None:
         if found := _inside(path):
             text = f"{file!s:.300} is a folder. Give the file of weights in it: {some(found)}."
             raise BackboneError(text, argument="weights", value=str(file))
-        text = f"There is no weights file {file!s:.300}. Give a .safetensors or .pth file that exists."
-        raise BackboneError(text, argument="weights", value=str(file))
+        text, advice = f"There is no weights file {file!s:.300}.", " Give a .safetensors or .pth file that exists."
+        raise BackboneError(text, advice, argument="weights", value=str(file))
 
 
 def _inside(folder: Path) -> list[str]:
@@ -123,15 +123,25 @@ def rebuilding(argument: str) -> Iterator[None]:
         yield
     except PteeError as error:
         what = "front network" if argument == "front" else argument
-        parts = _without_advice(error) if error.argument in ("weights", "num_classes") else error.parts
+        parts = _without_advice(error) if are_about_weights(error) else error.parts
         advice = f" Give the network itself from Python, {argument}=NETWORK."
         raise BackboneError(f"The {what} cannot be rebuilt: ", *parts, advice, argument=argument) from error
+
+
+def are_about_weights(error: BaseException | None) -> bool:
+    """Whether an error is one of the weights of a network: then another file of weights mends it."""
+    named = (
+        (error.argument, *(part.name for part in error.parts if isinstance(part, Argument)))
+        if isinstance(error, PteeError)
+        else ()
+    )
+    return not {"weights", "num_classes"}.isdisjoint(named)
 
 
 def _without_advice(error: PteeError) -> tuple[str | Argument, ...]:
     """What an error says of a file of weights, without the advice to change the model: a run names its own.
 
-    The advice begins with the last words before the first argument that it names.
+    The advice begins with the last words before the first argument that it names, or with the second part.
     """
-    first = next((n for n, part in enumerate(error.parts) if isinstance(part, Argument)), None)
-    return error.parts if first is None else (*(str(part).rstrip() for part in error.parts[: first - 1]),)
+    first = next((n for n, part in enumerate(error.parts) if isinstance(part, Argument)), 2)
+    return (*(str(part).rstrip() for part in error.parts[: first - 1]),)

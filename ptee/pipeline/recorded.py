@@ -16,6 +16,7 @@ from ptee._common.files import as_path, from_json, is_file, is_folder
 from ptee._common.text import printable, quoted
 from ptee._common.writing import is_left_over, require_writable, settle
 from ptee.backbones.library import require_alike
+from ptee.backbones.record import are_about_weights
 from ptee.model.heads_file import read_notes
 from ptee.model.run_files import (
     CHECKPOINT,
@@ -127,10 +128,11 @@ def or_weights(given: bool) -> Iterator[None]:
     except BackboneError as why:
         if why.argument != "backbone":
             raise
-        text = (
-            " Or give the weights that the run was made with: " if given else " Or say where a file of its weights is: "
-        )
-        raise BackboneError(*why.parts, text, Argument("weights", "FILE"), ".", argument="weights") from why
+        alone = are_about_weights(why.__cause__)  # so that nothing else mends it on the command line
+        parts = why.parts[:-1] if alone else why.parts
+        text = "give the weights that the run was made with: " if given else "say where a file of its weights is: "
+        text = f" {text.capitalize()}" if alone else f" Or {text}"
+        raise BackboneError(*parts, text, Argument("weights", "FILE"), ".", argument="weights") from why
 
 
 def recorded_images(run: str, results: Any, data: str | None = None) -> dict[str, Any]:
