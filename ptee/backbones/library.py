@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IMAGENET = "imagenet-1k"  # as timm.data.ImageNetInfo calls it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # as torchvision and Pillow call them
 MOST_CLASSES = 1_000_000  # likewise
 LEAST_STD = 1e-6  # of pixels between 0 and 1
 OTHER_WEIGHTS: Advice = (
@@ -42,6 +43,7 @@ class ModelRequest:
     args: dict[str, Any]  # further arguments of the library's constructor
     origin: Mapping[str, str | None]  # "tag", "hub" and "revision" of a record's published weights; or empty
     tensors: Sequence[str] = ()  # the names in the file of weights
+    interpolation: str | None = None  # by which pictures are resized
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ptee.backbones.checkpoint import Checkpoint, read_checkpoint, refusal
 from ptee.backbones.library import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    INTERPOLATIONS,
     MOST_CLASSES,
     Built,
     InputConfig,
@@ -95,6 +96,7 @@ def load_backbone(
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    interpolation: str | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """The classifier of that name, or the one given, tried once on two black images.
@@ -109,6 +111,7 @@ def load_backbone(
         input_size: (c, h, w); by default from the model's configuration. A model of fixed size is built for it.
         mean: per channel, or one number for all; by default from the configuration.
         std: likewise.
+        interpolation: by which pictures are resized, such as "bilinear"; by default from the configuration.
         model_args: further arguments of the library's constructor.
 
     Raises:
@@ -120,8 +123,10 @@ def load_backbone(
     file = None if weights is None else _recordable(as_path(weights, "weights"))
     require_model(model)
     label = model if isinstance(model, str) else type(model).__name__
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise unknown("interpolation", interpolation, INTERPOLATIONS, argument="interpolation")
     own, args = pretrained and not file, dict(model_args or {})
-    request = ModelRequest(label, label, file, own, classes, size, mean, std, args, {})
+    request = ModelRequest(label, label, file, own, classes, size, mean, std, args, {}, interpolation=interpolation)
     if isinstance(model, nn.Module):
         require_runnable(model)
         return _wrap(model, request)
@@ -300,4 +305,4 @@ def _override(config: InputConfig, request: ModelRequest) -> InputConfig:
     mean = per_channel("mean", request.mean, config.mean, size[0])
     std = per_channel("std", request.std, config.std, size[0])
     require_pixels(mean, std)
-    return InputConfig(size, mean, std, config.interpolation)
+    return InputConfig(size, mean, std, request.interpolation or config.interpolation)

@@ -87,6 +87,7 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
     request = ModelRequest(
         *(record.name, label, file, isinstance(own, _Published), record.num_classes),
         *(size, images.mean, images.std, record.args, origin),
+        interpolation=images.interpolation,
     )
     return record.library, request
 

@@ -26,6 +26,7 @@ from ptee.cli.values import (
     name_others,
     no_images,
     open_for,
+    prepared,
     recipe_of,
     recipe_of_exits,
     refuse_without_model,
@@ -226,6 +227,7 @@ def sweep(recipe: str, over: tuple[str, ...], **o: Any) -> None:
     o["device"] = resolve_device(o["device"])
     require_launch(o["device"])
     backbone = backbone_of(o)
+    click.echo(prepared(backbone, o))
 
     def open_data(seed: int) -> Any:
         data, labels = open_for(backbone, o, seed)

@@ -18,6 +18,7 @@ from ptee._common.errors import Argument, PteeError
 from ptee._common.files import as_path, expanded, from_json, is_file
 from ptee._common.text import as_shares, quoted
 from ptee._common.validation import LARGEST_LIMIT
+from ptee.backbones.library import INTERPOLATIONS
 from ptee.pipeline.recipe import OTHER_NAMES, path_of, settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -297,6 +298,7 @@ MODEL = option_group(
     *NETWORK_OPTIONS,
     option("--mean", type=PIXELS, help="Mean of the pixels, for each channel. Default: the model's own."),
     option("--std", type=PIXELS, help="Standard deviation of the pixels, for each channel. Default: the model's own."),
+    option("--interpolation", help=f"How pictures are resized: {', '.join(INTERPOLATIONS)}. Default: the model's own."),
 )
 DATA_OPTIONS = (
     option(

@@ -16,7 +16,8 @@ from ptee._common.validation import LONGEST_VALUE
 from ptee.cli.checks import require_recipe, require_thresholds
 from ptee.cli.options import as_option, given_settings
 
-NEED_A_MODEL = ("classes", "weights", "num_classes", "model_args", "data", "data_root", "input_size", "mean", "std")
+IMAGES = ("input_size", "mean", "std", "interpolation")  # how pictures are prepared
+NEED_A_MODEL = ("classes", "weights", "num_classes", "model_args", "data", "data_root", *IMAGES)
 GIVE_MODEL = Argument("model", "NAME")
 
 
@@ -104,7 +105,7 @@ def backbone_of(o: dict[str, Any]) -> Any:
 
     if o.get("data") is not None:
         require_source(o["data"])
-    keys = ("weights", "pretrained", "num_classes", "input_size", "mean", "std")
+    keys = ("weights", "pretrained", "num_classes", *IMAGES)
     return load_backbone(o["model"], model_args=dict(o["model_args"]), **{key: o[key] for key in keys if key in o})
 
 
@@ -148,6 +149,20 @@ def open_for(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[
     return open_images(o["data"], backbone, seed=seed, check=True, **places, **more)
 
 
+def prepared(backbone: Any, o: dict[str, Any]) -> str:
+    """How pictures become images of a backbone, and who says so, in a line."""
+    images, library = backbone.input, (backbone.architecture or {}).get("library", "its library")
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
+    given = [name for name in IMAGES if o[name] is not None]
+    own = f"as {library} has it for {backbone.name}"
+    who = f"{', '.join(map(as_option, map(Argument, given)))} as given, the rest {own}" if given else own
+    who = "as given" if len(given) == len(IMAGES) else who
+    other = not {"mean", "std"}.intersection(given) and o["weights"] is not None
+    (_, height, width), ask = images.input_size, " If your weights were trained otherwise, give --mean and --std."
+    size = f"Pictures are resized ({images.interpolation}), cut to {height} x {width}"
+    return f"{size} and normalised by mean {mean} and std {std}: {who}.{ask * other}"
+
+
 def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:
     """The images, all of which can be read, and the recipe that their labels allow."""
     from ptee.data.labels import describe_labels
@@ -168,6 +183,7 @@ def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[
     )
     labels = undoubted(labels, recipe)
     adapted = recipe_for(labels, recipe)
+    click.echo(prepared(backbone, o))
     click.echo(describe_labels(labels, as_option) + described_change(recipe, adapted))
     return data, adapted
 

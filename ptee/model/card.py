@@ -75,7 +75,8 @@ def _normalised(model: Any) -> str:
     if not model.origin.pixels_known:
         return "prepared as for the backbone itself (their mean and std are not recorded: nobody gave them)"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
-    return f"normalised by mean {mean} and std {std}"
+    resized = f"; pictures are resized by {images.interpolation}" if model.origin.source is not None else ""
+    return f"normalised by mean {mean} and std {std}{resized}"
 
 
 def _measured(results: Mapping[str, Any]) -> str:

@@ -89,6 +89,9 @@ def require_same_input(runs: Sequence[str]) -> None:
     inputs = {run: read_config(run)[0].backbone.input for run in runs}
     for run in runs[1:]:
         require_alike(run, inputs[run], runs[0], inputs[runs[0]])
+        if (own := inputs[run].interpolation) != (first := inputs[runs[0]].interpolation):
+            text = f"{run} takes pictures that are resized by {own}, and {runs[0]} by {first}. Compare runs that take the same images."
+            raise PteeError(text)
 
 
 def require_tunable(run: str, *, keep: bool = True) -> None:

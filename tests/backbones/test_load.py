@@ -364,6 +364,16 @@ def test_an_error_carries_the_argument_and_its_value(wish, argument, value):
 FRONT = {"model": "front", "weights": "w", "input_size": "size"}
 
 
+def test_pictures_are_resized_as_it_is_asked_for_also_when_the_record_is_rebuilt(tmp_path):
+    network = load_backbone("cifar_resnet8", pretrained=False)
+    torch.save(network.module.state_dict(), tmp_path / "w.pth")
+    backbone = load_backbone("cifar_resnet8", weights=tmp_path / "w.pth", interpolation="nearest")
+    assert (network.input.interpolation, backbone.input.interpolation) == ("bicubic", "nearest")
+    assert rebuild(backbone.source).input == backbone.input
+    with pytest.raises(PteeError, match=r"Unknown interpolation 'bilinar'\. Did you mean 'bilinear'"):
+        load_backbone("cifar_resnet8", pretrained=False, interpolation="bilinar")
+
+
 @pytest.mark.parametrize(
     ("names", "given", "said", "argument"),
     [

@@ -19,6 +19,7 @@ from ptee.backbones.load import load_backbone
 from ptee.cli import values as cli_values
 from ptee.evaluation import results as evaluation
 from ptee.pipeline import fit as fitting
+from ptee.pipeline import images
 from ptee.pipeline.demo import another_threshold
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -37,6 +38,42 @@ def test_augment_leaves_a_run_that_says_what_was_measured(run, known):
     assert len(metrics["training"]["epochs"]) == 2
     for line in ("epoch 1/2", "epoch 2/2", "T = 0.9, 0.8", "Saved in out", "10 classes"):
         assert line in done.out
+
+
+def test_a_run_says_how_pictures_are_prepared_and_who_says_so(run, known):
+    done = run("augment", *known, *SHORT, "--out", "one")
+    own = "mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225"
+    size = "--input-size as given, the rest as timm has it for cifar_resnet8."
+    ask = "If your weights were trained otherwise, give --mean and --std."
+    assert f"Pictures are resized (bicubic), cut to 16 x 16 and normalised by {own}: {size} {ask}\n" in done.out
+    given = ("--mean", 0.5, "--std", 0.25, "--interpolation", "nearest")
+    done = run("augment", *known, *SHORT, *given, "--out", "two")
+    own = "mean 0.5, 0.5, 0.5 and std 0.25, 0.25, 0.25"
+    assert f"Pictures are resized (nearest), cut to 16 x 16 and normalised by {own}: as given.\n" in done.out
+
+
+def test_pictures_of_a_run_are_resized_as_when_it_was_made(run, known, things, monkeypatch):
+    assert run("augment", *known, *SHORT, "--interpolation", "nearest", "--out", "out").status == 0
+    config = read_json("out", "config.json")["backbone"]
+    assert config["input"]["interpolation"] == config["source"]["input"]["interpolation"] == "nearest"
+    assert "pictures are resized by nearest" in Path("out", "README.md").read_text()
+    seen, made = [], images.image_transform
+    monkeypatch.setattr(images, "image_transform", lambda *view: (seen.append(view[-1]), made(*view))[1])
+    for words in (
+        ("evaluate", "out", "--no-speed"),
+        ("tune", "out", "--max-cost", 1, "--no-speed"),
+        ("compare", "out"),
+    ):
+        assert run(*words).status == 0
+    assert seen == ["nearest"] * 3
+    assert run("export", "out", "--out", "exported").status == 0
+    assert read_json("exported", "manifest.json")["interpolation"] == "nearest"
+    assert run("evaluate", "exported", "--data", things / "ten").status == 0
+    assert seen == ["nearest"] * 4
+
+
+def test_a_way_to_resize_that_is_none_is_refused_with_the_nearest(run, known):
+    assert_refused(run("augment", *known, "--interpolation", "bicubik"), "'bicubik'. Did you mean 'bicubic'")
 
 
 def test_the_saved_model_is_the_one_that_was_trained(finished, things):

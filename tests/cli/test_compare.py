@@ -121,6 +121,14 @@ def test_runs_that_take_other_images_are_refused_at_once_with_what_differs(run, 
     )
 
 
+def test_runs_whose_pictures_are_resized_otherwise_are_refused(run, finished):
+    shutil.copytree(finished, "other")
+    edited("other", lambda config: config["backbone"]["input"].update(interpolation="nearest"))
+    assert_refused(
+        run("compare", finished, "other"), "other takes pictures that are resized by nearest, and out by bicubic"
+    )
+
+
 def test_a_comparison_is_drawn_on_a_page_where_one_is_asked_for(run, finished):
     done = run("compare", finished, "--drops", "0.1", "--html", "curve.html")
     assert (done.status, done.err) == (0, "")
