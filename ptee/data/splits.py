@@ -45,7 +45,7 @@ FILES = ("folder", "tar")  # kinds of sources that are found by a path
 DRAWN_PERCENT = 10  # of the training images, for each part that is not delivered
 AS_DELIVERED = "split as delivered"  # no image was drawn, so the seed does not matter
 GIVE_DATA = (Argument("data", "FOLDER"), ".")
-WATCHING = "they show how the training goes"
+WATCHING = "to watch the training"  # not to choose thresholds on
 CHOSEN_ON = "; thresholds are chosen on half of the validation images"
 GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
 DATA_SETS = "data sets"  # the kind of what a user gives from Python
@@ -126,16 +126,19 @@ class Data:
 
     def described(self, chosen: bool = True) -> str:
         """The same. `chosen`: thresholds are chosen on some of the images, not given."""
-        sizes = ", ".join(f"{size:,} for {part}" for part, size in self.split["sizes"].items() if size)
-        n = len(self.class_names)
-        classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
         parts, drawn = self.split["parts"], self.split["sizes"].get("calibration")
         is_watched = drawn and "calibration" not in parts and "validation" in parts
+        use = {"calibration": WATCHING} if is_watched else {}
+        sizes = ", ".join(
+            f"{size:,} {use.get(part, f'for {part}')}" for part, size in self.split["sizes"].items() if size
+        )
+        n = len(self.class_names)
+        classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
         plain = " (thresholds are chosen on the calibration images)" if drawn and chosen else ""
-        watch = f" ({WATCHING}{CHOSEN_ON * chosen})" if is_watched else plain
+        on = CHOSEN_ON * chosen if is_watched else plain
         names, colon, how = self.split["rule"].partition(": ")
-        rule = f"those for {names} are {how}" if colon else names
-        return f"{self.source}: images{classes}, {sizes}; {rule}{watch}{self.unread}."
+        rule = f"those {use.get(names, f'for {names}')} are {how}" if colon else names
+        return f"{self.source}: images{classes}, {sizes}; {rule}{on}{self.unread}."
 
     @property
     def unread(self) -> str:

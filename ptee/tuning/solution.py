@@ -100,8 +100,8 @@ class Solution:
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
         return (
-            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on{self._with_weights}: "
-            f"{accuracy}fidelity {s.fidelity:.4f}{self._then}cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._too_few}{self._few_images}"
+            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on: "
+            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._with_weights}{self._too_few}{self._few_images}"
             + (f"\n{self.remark}" if self.remark else "")
             + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
         )
@@ -115,13 +115,11 @@ class Solution:
 
     @property
     def _with_weights(self) -> str:
-        """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights."""
-        return ", each answered with weights that were fitted to the others" if self.weights_fitted else ""
-
-    @property
-    def _then(self) -> str:
-        """The cost is that of the weights which the model has."""
-        return "; with the final weights " if self.weights_fitted else ", "
+        """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights, as the cost is here."""
+        what = "Fidelity is" if self.drop is None else "Accuracy and fidelity are"
+        return (
+            f" {what} as on new images: for each image the blend was fitted to others." if self.weights_fitted else ""
+        )
 
     @property
     def _or_unsafe(self) -> str:

@@ -22,9 +22,9 @@ def test_an_item_is_a_float_image_and_an_int(folder):
 
 def test_the_summary_says_source_sizes_and_rule(folder):
     assert opened(folder).summary == (
-        f"{folder}: images of 2 classes, 18 for train, 2 for calibration, 6 for validation; "
-        "those for calibration are 10 % of the training images, drawn with seed 0 (they show how the training goes; thresholds are chosen on "
-        "half of the validation images)."
+        f"{folder}: images of 2 classes, 18 for train, 2 to watch the training, 6 for validation; "
+        "those to watch the training are 10 % of the training images, drawn with seed 0; thresholds are chosen on "
+        "half of the validation images."
     )
 
 
