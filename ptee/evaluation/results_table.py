@@ -70,6 +70,7 @@ class Results:
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         doubt: that the backbone is near chance under the labels, in a sentence; else empty. Then no accuracy says anything.
+        seen: that the thresholds were chosen on some of these images, in a sentence; else empty.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
@@ -103,6 +104,7 @@ class Results:
     confidence: str = ""
     answers: str = ""
     doubt: str = ""
+    seen: str = ""
 
     @property
     def early_exit(self) -> Row:
@@ -173,7 +175,14 @@ class Results:
         last = [self.bottom_line] * bool(self.bottom_line)
         before = self.verdict[: len(self.verdict) - len(last)]
         noisy = [words for words in [noise([self.spread])] if words]
-        sentences = noisy + [off] * some_off + before + [self.outcome] * bool(self.outcome) + last
+        sentences = (
+            noisy
+            + [off] * some_off
+            + before
+            + [self.seen] * bool(self.seen)
+            + [self.outcome] * bool(self.outcome)
+            + last
+        )
         return (
             f"{self.backbone}, {number_of(self.samples, 'image')}; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")

@@ -20,7 +20,15 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.data.batches import UNKNOWN_LABEL, batches, is_loader, labels_of_other_classes, own_generator, split_batch
+from ptee.data.batches import (
+    UNKNOWN_LABEL,
+    batches,
+    is_loader,
+    labels_of_other_classes,
+    marks_of,
+    own_generator,
+    split_batch,
+)
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
@@ -53,6 +61,7 @@ class Traces:
         calibrated: the model's, or None.
         own: (E+1, n) classes that each exit answers by itself, if `answers` are blended; else None.
         times: of the pieces, if thresholds are to be chosen by seconds; else None.
+        marks: (n,) int64, by which images are known again; None of recorded traces.
     """
 
     answers: Tensor
@@ -69,6 +78,7 @@ class Traces:
     calibrated: Calibrated | None = None
     own: Tensor | None = None
     times: BatchTimes | None = None
+    marks: Tensor | None = None
 
     @property
     def exits(self) -> int:
@@ -114,6 +124,7 @@ class Traces:
             targets=None if self.targets is None else self.targets[which],
             logits=None if self.logits is None else self.logits[:, which],
             confidence_logits=None if self.confidence_logits is None else self.confidence_logits[:, which],
+            marks=None if self.marks is None else self.marks[which],
         )
 
     def under(self, name: str) -> Traces:
@@ -372,7 +383,7 @@ def _record_batch(
     """The traces of a batch, and (b,) bool for which images the backbone has no answer."""
     ready = model.prepared(images)
     # now, as a network may write into its images; a slice alone would keep the whole batch
-    sample = images[:kept].to("cpu", ready.dtype, copy=True)
+    sample, marks = images[:kept].to("cpu", ready.dtype, copy=True), marks_of(images)
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
@@ -390,6 +401,7 @@ def _record_batch(
         confidence_name=model.confidence,
         calibrated=model.calibrated,
         own=None if every is own else own.logits.argmax(-1).cpu(),
+        marks=marks,
     )
     return found, own.logits[-1].isnan().any(-1).cpu()
 
@@ -417,5 +429,6 @@ def _join(parts: list[Traces], classes: int) -> Traces:
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
         logits=torch.cat(logits, 1) if logits else None,
         confidence_logits=torch.cat(confidence_logits, 1) if confidence_logits else None,
+        marks=torch.cat([p.marks for p in parts if p.marks is not None]),
         note=fault and f"There is no accuracy for this data: {fault}.",
     )
