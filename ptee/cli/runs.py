@@ -9,9 +9,9 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee._common.text import quoted, threshold_words, with_run
-from ptee._common.writing import require_name, require_page, write_text
+from ptee._common.writing import is_free, require_name, require_page, write_text
 from ptee.cli import options
 from ptee.cli.checks import executors_of, require_export, require_times, require_timing
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
@@ -252,6 +252,15 @@ def export(run: str, **o: Any) -> None:
     """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
     require_runs(run, images=False, **o)
     require_export(o)
+    try:
+        _export(run, o)
+    except KeyboardInterrupt as why:
+        if is_free(o["out"]):
+            raise
+        raise Interrupted(f"Interrupted: what is in {o['out']} is complete.") from why
+
+
+def _export(run: str, o: dict[str, Any]) -> None:
     from ptee.deploy.export import export as write
     from ptee.pipeline.saved_run import load_run
 
