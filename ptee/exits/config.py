@@ -105,7 +105,7 @@ class ConfidenceConfig(FrozenConfig):
             value = getattr(self, name)
             if self.name not in (None, CALIBRATED) and value != type(self).model_fields[name].default:
                 raise PteeError(
-                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument("name", repr(self.name)),
+                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument.text("name", self.name),
                     ". Leave it out.", argument=name, value=value,
                 )  # fmt: skip
         return self

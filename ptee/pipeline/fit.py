@@ -266,7 +266,7 @@ def checked_model(
     require_confidence(recipe.confidence.name)
     require_no_percentage(recipe.thresholds.threshold)
     if not labelled and question != "agrees":
-        wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
+        wanted, instead = Argument.text("question", question), Argument.text("question", "agrees")
         text = "The images have no labels for "
         raise DataError(text, wanted, ". Give ", instead, ".", argument="question", value=question)
     model = build_model(backbone, recipe, times)

@@ -211,13 +211,13 @@ def described_change(recipe: Recipe, adapted: Recipe) -> str:
 
 def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
     limit, question = recipe.thresholds.max_drop, recipe.confidence.question
-    give = ("Give images with labels, or ", Argument("backbone", "'frozen'"), ".")
+    give = ("Give images with labels, or ", Argument.text("backbone", "frozen"), ".")
     if recipe.backbone == JOINT and labels.indices is None:
         raise DataError(f"{labels.reason} A backbone that learns needs labels. ", *give, argument="backbone")
     needs = [
         (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
-        (recipe.training.targets == "labels", Argument("targets", "'labels'"), Argument("targets", "'pseudo'")),
-        (question != "agrees", Argument("question", repr(question)), Argument("question", "'agrees'")),
+        (recipe.training.targets == "labels", Argument.text("targets", "labels"), Argument.text("targets", "pseudo")),
+        (question != "agrees", Argument.text("question", question), Argument.text("question", "agrees")),
     ]
     for needed, wanted, instead in needs:
         if needed and labels.indices is None:
@@ -290,7 +290,7 @@ def for_training(recipe: Recipe, data: Data) -> Recipe:
     if _is_labelled(data.train) or recipe.training.resolved_targets != "labels":
         return recipe
     if recipe.training.targets == "labels":
-        asked, instead = Argument("targets", "'labels'"), Argument("targets", "'pseudo'")
+        asked, instead = Argument.text("targets", "labels"), Argument.text("targets", "pseudo")
         raise DataError(
             "The images of train_data have no labels for ", asked, ". Give ", instead, ".", argument="targets"
         )

@@ -199,8 +199,8 @@ class TrainingConfig(FrozenConfig):
             return
         if self.loss == SEPARATE:
             text = " needs a loss in which the backbone's own answer counts. Give "
-            possible = Argument("loss", "'joint_each_exit'"), " or ", Argument("loss", f"'{WEIGHTED}'")
-            raise PteeError(Argument("backbone", repr(JOINT)), text, *possible, ".", argument="backbone", value=JOINT)
+            possible = Argument.text("loss", "joint_each_exit"), " or ", Argument.text("loss", WEIGHTED)
+            raise PteeError(Argument.text("backbone", JOINT), text, *possible, ".", argument="backbone", value=JOINT)
         if self.resolved_targets != "labels":  # else it would learn its own answers
             raise _clash("backbone", JOINT, "needs targets='labels'", f"targets={self.targets!r}")
 

@@ -110,7 +110,7 @@ class ThresholdsConfig(FrozenConfig):
         names = {name.rpartition(".")[2] for name in given}
         for name in ("at_batch", "executor") if self.cost != TIME else ():
             if name in names:
-                wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument("cost", repr(TIME))
+                wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument.text("cost", TIME)
                 text = " is about costs in seconds, which do not count here. Give "
                 raise PteeError(
                     wrong, text, instead, ", too, or leave it out.", argument=name, value=getattr(self, name)
