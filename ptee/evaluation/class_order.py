@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
+from ptee.analysis.freezing import one_parameter, running_on
 from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
 from ptee.data.labels import IMAGENET_CLASSES, SURE, LabelMap, class_orders, map_labels, near_chance
 from ptee.data.splits import FILES, PARTS, Data
@@ -184,19 +185,14 @@ def _some_images(data: Data, maps: Sequence[LabelMap]) -> Any:
 @torch.no_grad()
 def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None) -> tuple[Tensor, Tensor]:
     """The backbone's answers (n,) and the labels (n,). The backbone is left as it was."""
-    home, modes = next(module.parameters()).device, {each: each.training for each in module.modules()}
+    like = one_parameter(module)
+    place = like.device if device is None else torch.device(device)
     answers, labels = [], []
-    try:
-        module.to(home if device is None else device).eval()
-        like = next(module.parameters())
+    with running_on(place, module):
         for batch in batches(images, batch_size=BATCH, shuffle=False):
             x, y = split_batch(batch)
-            answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
+            answers.append(module(x.to(place, like.dtype)).argmax(-1).cpu())
             labels.append(numbered(y, x))
-    finally:
-        module.to(home)
-        for each, training in modes.items():
-            each.training = training
     return torch.cat(answers), torch.cat(labels)
 
 

@@ -15,7 +15,7 @@ from ptee._common.clock import in_turns, ratio, spread
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import sparing
+from ptee.analysis.freezing import running_on, sparing
 from ptee.data.labels import near_chance
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
@@ -74,13 +74,11 @@ def evaluate(
     if speed and recorded(data) is not None:
         text = "A folder of traces has no images to time. Give "
         raise PteeError(text, Argument("speed", "False"), ", or measure it apart (ptee bench).", argument="speed")
-    home, was_training = next(model.heads.parameters()).device, model.training
-    place = home if device is None else resolve_device(device)
+    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
     view = copy.copy(model)  # the same modules with thresholds of its own: other threads see the model unchanged
     if threshold is not None:
         view.threshold = threshold
-    try:
-        view.to(place).eval()
+    with running_on(place, view):
         traces = record(view, data, batch_size=batch_size, num_workers=num_workers, logits=False)
         rows, leaving = _rows(view, traces)
         images, differ = traces.sample.to(place), 0.0
@@ -99,8 +97,6 @@ def evaluate(
         if keep:
             model.results = (model.results or {}) | found.to_dict()
         return found
-    finally:
-        model.to(home).train(was_training)
 
 
 def about_speed(model: EarlyExitModel, seconds: float = SPEED_SECONDS) -> str:

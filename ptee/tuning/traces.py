@@ -20,6 +20,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
+from ptee.analysis.freezing import running_on
 from ptee.data.batches import UNKNOWN_LABEL, batches, is_loader, labels_of_other_classes, own_generator, split_batch
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
@@ -286,21 +287,18 @@ def record(
         data_of, rows = known
         found: Traces = data_of.traces(model, rows=rows, logits=logits, own=own)
         return found
-    home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
     unanswered: list[Tensor] = []
     random = own_generator()
     loader = batches(data, batch_size=batch_size, shuffle=False, generator=random, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
-    try:
-        model.to(home if device is None else resolve_device(device)).eval()
+    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
+    with running_on(place, model):
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
             part, unanswered_here = _record_batch(model, images, labels, kept, own)
             unanswered.append(unanswered_here)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
-    finally:
-        model.to(home).train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
     _require_answers(torch.cat(unanswered), data)
