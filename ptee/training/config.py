@@ -37,7 +37,7 @@ BACKBONE_WORDS = (
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 # Settings that the data do not change: the recipe has their final values.
-TELLING = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
+SETTLED = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
 
 
 def _lower(name: Any) -> Any:
