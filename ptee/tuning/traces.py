@@ -374,22 +374,28 @@ def _record_batch(
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
-    costs = model.plan.switched_off(()).costs  # of all heads, whichever are off now
     found = Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
-        torch.tensor(costs, dtype=torch.float64, device="cpu"),
-        sample,
+        sample=sample,
         logits=compact(own.logits).cpu(),
-        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
-        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
         confidence_logits=every.confidence_logits.float().cpu(),
         confidence_name=model.confidence,
         calibrated=model.calibrated,
         own=None if every is own else own.logits.argmax(-1).cpu(),
+        **costs_of(model),
     )
     return found, own.logits[-1].isnan().any(-1).cpu()
+
+
+def costs_of(model: EarlyExitModel) -> dict[str, Any]:
+    """The fields of `Traces` that say what a model costs: of all heads, whichever are off now."""
+    return {
+        "costs": torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"),
+        "head_costs": torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
+        "builds_on_previous": torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
+    }
 
 
 def compact(logits: Tensor) -> Tensor:
