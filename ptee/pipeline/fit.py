@@ -261,7 +261,7 @@ def checked_model(
         PteeError: naming the setting.
     """
     recipe, labelled = recipe.resolved(), has_labels(data)
-    target = Target.of(recipe.thresholds, labelled)
+    target = recipe.thresholds.target(labelled)
     question = recipe.confidence.question
     require_confidence(recipe.confidence.name)
     require_no_percentage(recipe.thresholds.threshold)

@@ -195,9 +195,8 @@ def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
     if labels.indices is not None and not labels.doubt:
         return recipe
     changes: dict[str, Any] = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
-    if recipe.thresholds.threshold is None:
-        kind, limit = recipe.thresholds.target(labelled=False) or ("", None)
-        changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}
+    if (target := recipe.thresholds.target(labelled=False)) is not None:
+        changes |= {"thresholds.max_loss": None, f"thresholds.{target.kind}": target.limit}
     return recipe.with_settings(changes)
 
 
