@@ -267,7 +267,7 @@ def _export(run: str, o: dict[str, Any]) -> None:
     if o["int8"]:
         from ptee.pipeline.int8 import export_int8
 
-        click.echo(str(export_int8(run, o["out"], o["calibrate"], format=o["format"], weights=o["weights"])))
+        click.echo(str(export_int8(run, o["out"], o["calibrate"], weights=o["weights"])))
         click.echo(f"\n{_written(o['out'])}")
         return
     if o["format"] == "triton":
