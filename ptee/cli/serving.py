@@ -14,7 +14,6 @@ from ptee._common.errors import Argument, PteeError
 from ptee.cli.options import DEVICE, File, Real, RunName, in_groups, option_group
 from ptee.cli.values import require_runs
 
-FEW_MACS = 10_000_000  # as of `ptee bench`: one CPU thread is faster than several
 STOPPED = "Stopped. All that came was answered."
 NEEDS = {
     "starlette": "starlette",
@@ -236,12 +235,12 @@ def _opened(run: str, o: Mapping[str, Any]) -> Any:
     import torch
 
     from ptee._common.devices import resolve_device
-    from ptee.pipeline.saved_run import load_run
+    from ptee.pipeline.saved_run import load_run, usual_threads
 
     device = resolve_device(o["device"])
     model = load_run(run, o["weights"]).to(device)
-    if o["threads"] or model.plan.macs < FEW_MACS:
-        torch.set_num_threads(o["threads"] or 1)
+    if threads := o["threads"] or usual_threads(model):
+        torch.set_num_threads(threads)
     if o["bare"]:
         model.answers, model.off = "own", range(len(model.exits))
     elif o["max_fidelity_drop"] is not None:

@@ -204,9 +204,7 @@ class RayBackend:
         full = self.inside and self.inside + rows > self.max_queue
         late = self.inside and self.p99_s is not None and wait > self.p99_s
         if self.closing or full or late:
-            error = BusyError("The server is stopping." if self.closing else f"{self.inside} images wait.")
-            error.seconds = wait
-            raise error
+            raise BusyError("The server is stopping." if self.closing else f"{self.inside} images wait.", wait)
 
     async def answer(self, images: np.ndarray, limits: np.ndarray | None = None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w) float32, with thresholds (b, E) or those in force."""
