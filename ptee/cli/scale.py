@@ -63,13 +63,8 @@ def _goes_on(overwrite: bool) -> Iterator[None]:
         raise Interrupted(f"Interrupted: whole parts are kept. The same command{anew} goes on.") from why
 
 
-def words_of(value: str) -> int | None:
-    """How many logits: "all", or a number."""
-    return None if value == "all" else int(value)
-
-
 class Logits(click.ParamType):
-    """all, or how many."""
+    """all (None), or how many."""
 
     name = "all|k"
 
@@ -77,7 +72,7 @@ class Logits(click.ParamType):
         """Called by click."""
         if value != "all" and not str(value).isdecimal():
             self.fail(f"{value!r} is no number. Give all, how many of the largest, or 0 for none.", param, ctx)
-        return value
+        return None if value == "all" else int(value)
 
 
 OF_BOTH = (
@@ -113,9 +108,7 @@ def trace(run: str, **o: Any) -> None:
     from ptee.scale.trace import record
 
     with _goes_on(o["overwrite"]):
-        found = record(
-            run, logits=words_of(o["logits"]), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH}
-        )
+        found = record(run, logits=o["logits"], log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH})
     either = "--max-drop 0.01, or --max-fidelity-drop 0.01, which needs no labels"
     target = either if found.labelled else "--max-fidelity-drop 0.01"
     click.echo(f"Choose thresholds by them: ptee tune {quoted(run)} --traces {quoted(found.folders[0])} {target}")

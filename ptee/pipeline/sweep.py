@@ -112,7 +112,7 @@ def run_sweep(
         Interrupted: on Ctrl-C.
     """
     assert job.out is not None
-    require_one_process("A sweep")
+    require_one_process()
     require_writable(job.out)
     clear_unfinished(job.out)
     data, runs = _Images(open_data), _runs(base, axes, job.out)

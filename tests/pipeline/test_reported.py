@@ -143,7 +143,9 @@ def test_a_run_of_a_network_of_ones_own_without_times_is_refused_with_what_keeps
 def test_a_file_that_is_no_page_is_left_alone(fitted, tmp_path):
     page = tmp_path / "own.html"
     page.write_text("<p>my own</p>")
-    with pytest.raises(PteeError, match=r"own\.html is there, and no page of ptee\. .* such as out='.*own-ptee\.html'\.$"):
+    with pytest.raises(
+        PteeError, match=r"own\.html is there, and no page of ptee\. .* such as out='.*own-ptee\.html'\.$"
+    ):
         ptee.write_report(fitted[0], data(), out=page)
     assert page.read_text() == "<p>my own</p>"
 
