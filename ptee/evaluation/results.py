@@ -21,7 +21,7 @@ from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
 from ptee.exits.blend import BLENDED
-from ptee.exits.config import ALWAYS, CALIBRATED, NEVER
+from ptee.exits.config import ALWAYS, CALIBRATED, NEVER, with_off
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
@@ -123,7 +123,7 @@ def doubted(model: EarlyExitModel, right: float | None, n: int) -> str:
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     """A row for each scenario, and the share of the images that leaves at each exit at the model's thresholds."""
-    thresholds = [NEVER if n in model.off else t for n, t in enumerate(model.threshold)]
+    thresholds = with_off(model.threshold, model.off)
     traces = traces.by(thresholds)
     leaving = traces.leaving(thresholds)
     backbone = replace(
