@@ -12,7 +12,7 @@ from cloup import command, option, option_group
 from ptee._common.errors import Interrupted
 from ptee._common.text import quoted
 from ptee.cli import options
-from ptee.cli.options import File, Place, Real, RunName, as_option, in_groups
+from ptee.cli.options import Place, Real, RunName, as_option, in_groups
 from ptee.cli.values import require_runs
 
 SOURCE = option_group(
@@ -22,7 +22,7 @@ SOURCE = option_group(
         required=True,
         help="A folder of webdataset shards (*.tar), of *.parquet, or of pictures (CLASS/*.jpg); or one shard or table.",
     ),
-    option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line."),
+    options.CLASSES,
     option(
         "--max-unreadable",
         type=Real(0, 1),
@@ -49,7 +49,7 @@ INTO = option_group(
         "--out", type=Place(), required=True, help="A new folder, or one that the same command began: then it goes on."
     ),
     option("--overwrite", is_flag=True, help="Replace what another run or source left there."),
-    option("--weights", type=File(), help="The backbone's weights, if they were moved."),
+    options.WEIGHTS,
 )
 
 
