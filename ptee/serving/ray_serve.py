@@ -69,9 +69,8 @@ class Piece:
         self._step, self._next, self._most = self._pieces.steps[n], behind, source.max_batch
         self._first, self._where = n == 0, IMAGES if n == 0 else self._pieces.steps[n - 1].rows
         self._like = self._pieces.given(np.zeros((1, *self._pieces.about.input_size), dtype=np.float32))
-        size = policy_of(
-            measure(self._pieces, source.max_batch), max_wait_ms=0, p99_ms=None, max_queue=source.max_queue, rebatch=True
-        ).sizes[n]  # fmt: skip
+        times = measure(self._pieces, source.max_batch)
+        size = policy_of(times, max_wait_s=source.max_wait_s, p99_ms=None, max_queue=source.max_queue).sizes[n]
         together: Any = self._together  # `serve.batch` gives it more methods than it says
         together.set_max_batch_size(size)
         together.set_batch_wait_timeout_s(FIRST_WAIT_S if n == 0 else source.max_wait_s if size > 1 else 0.0)
