@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cloup import command, option
+from cloup import command, option, option_group
 
 from ptee._common.errors import Argument, PteeError
-from ptee.cli.options import DEVICE, WEIGHTS, File, Real, RunName, in_groups, option_group
+from ptee.cli.options import DEVICE, WEIGHTS, File, Real, RunName, in_groups
 from ptee.cli.values import require_runs
 
 STOPPED = "Stopped. All that came was answered."

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import number_of, table
+from ptee._common.text import describe_thresholds, number_of, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
-from ptee.tuning.config import describe_thresholds
 from ptee.tuning.traces import Score
 
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many

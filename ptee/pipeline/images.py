@@ -128,7 +128,7 @@ def _require_map_style(data: Any, argument: str) -> None:
     raise DataError(text, argument=argument, value=data)
 
 
-def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
+def labels_of(data: Data, backbone: Backbone, device: Any) -> LabelMap:
     """The labels of the user's own data sets. The backbone is tried on some of the images, on `device`.
 
     Raises:

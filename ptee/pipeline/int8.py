@@ -83,7 +83,7 @@ class Exported:
         )
 
 
-def export_int8(run: str, out: Path, calibrate: str, *, weights: Path | None = None) -> Exported:
+def export_int8(run: str, out: Path, calibrate: str, *, weights: Path | None) -> Exported:
     """Write a saved run in whole numbers, and compare it with the same in float32.
 
     Args:

@@ -90,7 +90,7 @@ def require_same_input(runs: Sequence[str]) -> None:
         require_alike(run, inputs[run], runs[0], inputs[runs[0]])
 
 
-def require_tunable(run: str, *, keep: bool = True) -> None:
+def require_tunable(run: str, *, keep: bool) -> None:
     """Refuse a run whose files cannot be changed, before thresholds are chosen for it. Without `keep` they need only be read."""
     folder = Path(run)
     settle(folder)

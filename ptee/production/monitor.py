@@ -112,7 +112,7 @@ class Monitor:
 
     # -------------------------------------------------------------------------------------------- watching
 
-    def watch(self, x: Tensor, *, audited: bool = True, at_once: int = AT_ONCE) -> Callable[[A], A]:
+    def watch(self, x: Tensor, *, audited: bool, at_once: int) -> Callable[[A], A]:
         """Draw the images (b, c, h, w) to audit before they are answered. What is returned looks at the answers and gives them back.
 
         Args:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
+from ptee._common.text import describe_thresholds
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.report.facts import Step
 from ptee.report.style import COLOURS, DASHES, NEUTRAL, figure, mark, text
-from ptee.tuning.config import describe_thresholds
 
 SYMBOLS = {"cascade": "square", "static": "diamond", "truncation": "x", "oracle": "hexagram-open"}
 OF_ADAPTIVE = ("circle", "circle-open", "triangle-up", "triangle-down", "pentagon", "hexagon", "bowtie", "hourglass")

@@ -110,7 +110,7 @@ class Engine:
             step = STEP * (SLOWEST if seconds > self._late * by_pace_s else SLOWEST - 1)
             self._late = min(max(LEAST, self._late + step), MOST)
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Refuse rows for which there is no room, or that would be answered later than is wished.
 
         Raises:

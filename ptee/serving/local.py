@@ -110,7 +110,7 @@ class LocalServer:
 
     # -------------------------------------------------------------------------------------------- as of `Backend`
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Raise a BusyError if there is no room for so many more."""
         self._engine.require_room(rows)
 
@@ -192,7 +192,7 @@ def reserved(host: str, port: int) -> socket.socket:
     return found
 
 
-def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, grace_s: float = 0.0) -> None:
+def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, grace_s: float) -> None:
     """Serve until SIGTERM or Ctrl-C. What was sent until then is answered.
 
     For `grace_s` seconds the server still takes requests, says that it is not ready, and closes each connection behind an

@@ -188,7 +188,7 @@ class RayBackend:
     """
 
     def __init__(
-        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None = None,
+        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None,
         *, kept: Any = None,
     ) -> None:  # fmt: skip
         self._first, self._kept, self.about, self.max_queue, self.p99_s = first, kept, about, max_queue, p99_s
@@ -197,7 +197,7 @@ class RayBackend:
         self.inside, self.closing = 0, False
         self._row_s, self._last = 0.01, time.monotonic()
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Raise a BusyError if there is no room for more."""
         wait = self.inside * self._row_s
         full = self.inside and self.inside + rows > self.max_queue

@@ -197,7 +197,7 @@ class Cache(Dataset[Entry]):
         other.views = views
         return other
 
-    def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None = None) -> DataLoader[Entry]:
+    def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None) -> DataLoader[Entry]:
         """Batches in the order of `batches`."""
         sampler = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
         whole = BatchSampler(sampler, batch_size, drop_last=False)
