@@ -83,9 +83,7 @@ def batches(
     )
 
 
-def shared_batches(
-    data: Any, sampler: Any, *, generator: torch.Generator | None = None, num_workers: int = 0
-) -> DataLoader[Any]:
+def shared_batches(data: Any, sampler: Any, *, generator: torch.Generator | None, num_workers: int) -> DataLoader[Any]:
     """A loader of a map-style data set, of the rows that a sampler of batches gives. It draws as one of `batches` does."""
     how: dict[str, Any] = {"num_workers": int(num_workers), "collate_fn": _collate}
     return CpuLoader(data, batch_sampler=sampler, generator=generator, **how)

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import number_of, table
+from ptee._common.text import describe_thresholds, number_of, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
-from ptee.tuning.config import describe_thresholds
 from ptee.tuning.traces import Score
 
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
@@ -230,14 +229,11 @@ def _at_exits(results: Results) -> str:
         off = n in results.off
         leave = "-" if off else f"{results.leaving[n]:.1%}"
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
-        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), *_of_confidence(row)))
+        quality = _shown(row.failure_auroc, ".3f"), _shown(row.calibration_error, ".3f")
+        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), *quality))
     right = _shown((results.blended_end or results.rows[0]).right, ".4f")
     lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, "", ""))
     return table(lines, left={0})
-
-
-def _of_confidence(row: Row) -> tuple[str, str]:
-    return _shown(row.failure_auroc, ".3f"), _shown(row.calibration_error, ".3f")
 
 
 def _early_exit(results: Results) -> str:

@@ -227,20 +227,16 @@ def update(
     `more` holds the texts of further files, by name. `versions`: as of `changing`.
     """
     with changing(folder, {} if versions is None else versions):
-        _update(folder, more or {}, fields)
-
-
-def _update(folder: Path, more: Mapping[str, str], fields: dict[str, Any]) -> None:
-    new = {CONFIG: read_values(folder, folder / CONFIG) | fields}
-    if "fingerprint" in new[CONFIG]:
-        new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
-    _require_loadable(folder, json.loads(to_json(new[CONFIG])))
-    if (folder / METRICS).is_file():
-        metrics = metrics_of(folder)
-        new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
-    texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
-    writers = {name: writer_of(text) for name, text in {**more, **texts}.items()}
-    replace_files(folder, writers, OTHER_FOLDER)
+        new = {CONFIG: read_values(folder, folder / CONFIG) | fields}
+        if "fingerprint" in new[CONFIG]:
+            new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
+        _require_loadable(folder, json.loads(to_json(new[CONFIG])))
+        if (folder / METRICS).is_file():
+            metrics = metrics_of(folder)
+            new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
+        texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
+        writers = {name: writer_of(text) for name, text in {**(more or {}), **texts}.items()}
+        replace_files(folder, writers, OTHER_FOLDER)
 
 
 def _require_loadable(folder: Path, config: Mapping[str, Any]) -> None:

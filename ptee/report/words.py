@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
-from ptee._common.text import number_of, printable, quoted, threshold_words
-from ptee.evaluation.comparison_table import ROUNDING
+from ptee._common.text import describe_thresholds, number_of, printable, quoted, threshold_words
+from ptee.evaluation.bottom_line import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
@@ -19,7 +19,6 @@ from ptee.model.card import other_settings
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.report.reported import Reported
-from ptee.tuning.config import describe_thresholds
 from ptee.tuning.tune import interval_words
 
 Rows = list[tuple[str, ...]]

@@ -302,7 +302,7 @@ class _Training:
         steps = length_hint(loader, 0)
         if not steps:
             text = "The cosine schedule needs the number of batches, and this loader has no length. Give "
-            raise DataError(text, Argument("schedule", "'constant'"), ".", argument="schedule", value="cosine")
+            raise DataError(text, Argument.text("schedule", "constant"), ".", argument="schedule", value="cosine")
         done = len(self.history.epochs) - self.stage * self.epochs_each
         return done * steps, self.epochs_each * steps
 
@@ -384,7 +384,7 @@ class _Training:
             raise DataError(f"The data cannot be learnt from: {fault}. A backbone that learns needs labels.")
         if self.config.targets == "labels":
             text = f"The data cannot be learnt from: {fault}. Let the heads learn the backbone's answers: "
-            raise DataError(text, Argument("targets", "'pseudo'"), ".", argument="targets", value="labels")
+            raise DataError(text, Argument.text("targets", "pseudo"), ".", argument="targets", value="labels")
         return None
 
     def _share_statistics(self) -> None:

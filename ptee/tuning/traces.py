@@ -20,6 +20,7 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
+from ptee.analysis.freezing import running_on
 from ptee.data.batches import (
     UNKNOWN_LABEL,
     batches,
@@ -297,21 +298,18 @@ def record(
         data_of, rows = known
         found: Traces = data_of.traces(model, rows=rows, logits=logits, own=own)
         return found
-    home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
     unanswered: list[Tensor] = []
     random = own_generator()
     loader = batches(data, batch_size=batch_size, shuffle=False, generator=random, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
-    try:
-        model.to(home if device is None else resolve_device(device)).eval()
+    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
+    with running_on(place, model):
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
             part, unanswered_here = _record_batch(model, images, labels, kept, own)
             unanswered.append(unanswered_here)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
-    finally:
-        model.to(home).train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
     _require_answers(torch.cat(unanswered), data)
@@ -387,23 +385,29 @@ def _record_batch(
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
-    costs = model.plan.switched_off(()).costs  # of all heads, whichever are off now
     found = Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
-        torch.tensor(costs, dtype=torch.float64, device="cpu"),
-        sample,
+        sample=sample,
         logits=compact(own.logits).cpu(),
-        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
-        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
         confidence_logits=every.confidence_logits.float().cpu(),
         confidence_name=model.confidence,
         calibrated=model.calibrated,
         own=None if every is own else own.logits.argmax(-1).cpu(),
         marks=marks,
+        **costs_of(model),
     )
     return found, own.logits[-1].isnan().any(-1).cpu()
+
+
+def costs_of(model: EarlyExitModel) -> dict[str, Any]:
+    """The fields of `Traces` that say what a model costs: of all heads, whichever are off now."""
+    return {
+        "costs": torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"),
+        "head_costs": torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
+        "builds_on_previous": torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
+    }
 
 
 def compact(logits: Tensor) -> Tensor:
