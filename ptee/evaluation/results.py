@@ -23,6 +23,7 @@ from ptee.evaluation.results_table import BLENDED_END, Results, Row
 from ptee.exits.blend import BLENDED
 from ptee.exits.config import ALWAYS, CALIBRATED, NEVER, with_off
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.saving import warn_of_changes
 from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
 from ptee.tuning.tune import chosen_on_these, outcome_in_force
@@ -74,6 +75,7 @@ def evaluate(
     if speed and recorded(data) is not None:
         text = "A folder of traces has no images to time. Give "
         raise PteeError(text, Argument("speed", "False"), ", or measure it apart (ptee bench).", argument="speed")
+    warn_of_changes(model.origin)
     place = next(model.heads.parameters()).device if device is None else resolve_device(device)
     view = copy.copy(model)  # the same modules with thresholds of its own: other threads see the model unchanged
     if threshold is not None:
