@@ -140,11 +140,11 @@ def require_launch(device: str | torch.device | None) -> None:
             pass
 
 
-def require_one_process(what: str) -> None:
-    """Refuse something that only one process does, where this is one of several that train together."""
+def require_one_process() -> None:
+    """Refuse a sweep, which only one process does, where this is one of several that train together."""
     if {*LAUNCH, *MPI} & os.environ.keys() and (several := process_state().num_processes) > 1:
         raise PteeError(
-            f"{what} runs in one process, and {several} were started. Start it without torchrun or accelerate launch."
+            f"A sweep runs in one process, and {several} were started. Start it without torchrun or accelerate launch."
         )
 
 

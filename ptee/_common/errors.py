@@ -42,8 +42,7 @@ class Argument:
     @classmethod
     def text(cls, name: str, value: object) -> Argument:
         """An argument whose value is a text, such as a path. Python needs quotes around it."""
-        words = str(value)
-        return cls(name, f'"{words}"' if {'"', "\\"}.isdisjoint(words) else repr(words))
+        return cls(name, repr(str(value)))
 
     def __str__(self) -> str:
         return f"{self.name}={self.value}"

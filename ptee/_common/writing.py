@@ -114,8 +114,13 @@ def free_place(folder: str | Path) -> Path:
 
 
 def _require_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or not all(is_left_over(path.name) for path in target.iterdir())):
+    if not is_free(target):
         raise RunError(f"{target} exists. Name a folder that does not.")
+
+
+def is_free(target: Path) -> bool:
+    """Whether nothing is there but what a killed process may have left."""
+    return not target.exists() or (target.is_dir() and all(is_left_over(path.name) for path in target.iterdir()))
 
 
 def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:

@@ -172,7 +172,6 @@ def advise(
     *,
     drops: Sequence[float] = (0.0, 0.005, 0.01),
     by: Sequence[str] = tuple(MEASURES),
-    side: int | None = None,
 ) -> Advice:
     """Which published networks are as good as one of timm's, for less.
 
@@ -180,7 +179,6 @@ def advise(
         model: its name.
         drops: of accuracy, 0.01 is one percentage point.
         by: some of `MEASURES`.
-        side: of its images, in pixels.
 
     Raises:
         UnknownName: if there is no such measure.
@@ -194,7 +192,7 @@ def advise(
             argument="drops",
             value=wrong_drops[0],
         )
-    own = find_published(model, side)
+    own = find_published(model)
     if own is None:
         raise _nothing_known(model)
     fronts = [(share, best_front(own, share)) for share in FRONT_SHARES]

@@ -94,15 +94,15 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
 
 def require_weights(file: str | Path) -> None:
     """Refuse a file of weights that is not there, or is a folder."""
-    if Path(file).suffix == ".py":
+    if (path := Path(file)).suffix == ".py":
         text = f"{file!s:.300} is a Python file. Save the weights with torch.save(net.state_dict(), 'weights.pth'), and give that."
         raise BackboneError(text, argument="weights", value=str(file))
-    if not is_file(path := Path(file)):
-        if found := _inside(path):
-            text = f"{file!s:.300} is a folder. Give the file of weights in it: {some(found)}."
-            raise BackboneError(text, argument="weights", value=str(file))
-        text, advice = f"There is no weights file {file!s:.300}.", " Give a .safetensors or .pth file that exists."
-        raise BackboneError(text, advice, argument="weights", value=str(file))
+    if is_file(path):
+        return
+    text, advice = f"There is no weights file {file!s:.300}.", " Give a .safetensors or .pth file that exists."
+    if found := _inside(path):
+        text, advice = f"{file!s:.300} is a folder.", f" Give the file of weights in it: {some(found)}."
+    raise BackboneError(text, advice, argument="weights", value=str(file))
 
 
 def _inside(folder: Path) -> list[str]:

@@ -68,15 +68,10 @@ def require_comparable(o: Mapping[str, Any], by: Any, runs: Sequence[str]) -> No
     from ptee.evaluation.comparison_lines import checked_lines
     from ptee.tuning.config import TIME, DropsConfig
 
-    checked_lines(lines_of(o))
+    checked_lines(o["lines"])
     DropsConfig(drops=o["drops"])
     if by.cost == TIME:
         require_times(runs)
-
-
-def lines_of(o: Mapping[str, Any]) -> list[str]:
-    """The names in --lines."""
-    return [name.strip() for name in o["lines"].split(",")]
 
 
 def require_times(runs: Sequence[str]) -> None:
@@ -92,12 +87,7 @@ def require_timing(o: Mapping[str, Any]) -> None:
     from ptee.timing.settings import checked_executors, checked_sizes
 
     checked_sizes(o["batch_sizes"])
-    checked_executors(executors_of(o) or ())
-
-
-def executors_of(o: Mapping[str, Any]) -> list[str] | None:
-    """The names in --executor."""
-    return None if o["executor"] is None else [name.strip() for name in o["executor"].split(",")]
+    checked_executors(o["executor"] or ())
 
 
 def require_export(o: Mapping[str, Any]) -> None:

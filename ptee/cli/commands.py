@@ -162,20 +162,21 @@ def plan(**o: Any) -> None:
 )
 @option(
     "--by",
+    type=options.Words(),
     default="operations,gpu,cpu",
     show_default=True,
     help="What the other network is to save: operations, or time on a gpu or a cpu. Several separated by commas.",
 )
 @options.EXPLAIN
 @options.JSON
-def advise(model: str, drops: list[float], by: str, **o: Any) -> None:
+def advise(model: str, drops: list[float], by: list[str], **o: Any) -> None:
     """Name the published networks that are as good on ImageNet as MODEL, one of timm's, for less.
 
     Ask this before exits are trained: on ImageNet a smaller network is often the better choice.
     """
     from ptee.backbones import published
 
-    show(published.advise(model, drops=drops, by=[name.strip() for name in by.split(",")]), o)
+    show(published.advise(model, drops=drops, by=by), o)
 
 
 @command(short_help="Print a recipe as YAML.")

@@ -17,7 +17,7 @@ import click
 
 from ptee import __version__
 from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
-from ptee._common.files import expanded, is_folder
+from ptee._common.files import is_folder
 from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import one_line, with_run
 
@@ -77,7 +77,7 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
         message, status = _about_run(f"{error.option_name} is no option of this command. {advice}.", words), 2
-    elif isinstance(error, click.UsageError) and (model := _bare_model(error, words)):
+    elif isinstance(error, click.UsageError) and (model := _bare_model(error)):
         message, status = f"The word {model} has no option before it. Did you mean --model {model}?", 2
     elif isinstance(error, click.MissingParameter) and words and words[0] in EXAMPLES:
         example = f"ptee {words[0]} {EXAMPLES[words[0]]}"
@@ -103,7 +103,7 @@ def _interrupted(words: list[str]) -> str:
         return "Interrupted. The same command goes on."
     if name in MEASURING and "--save" not in words:
         return "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
-    if name == "export" and not _has_written(words):
+    if name == "export":
         return "Interrupted: nothing was written. The same command begins again."
     if name == "augment":  # before an epoch was complete; later the training says what it kept
         if "--resume" in words:
@@ -111,16 +111,6 @@ def _interrupted(words: list[str]) -> str:
         as_it_was = " What was in the run's folder is as it was." * ("--overwrite" in words)
         return f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}"
     return "Interrupted."  # what it wrote so far may be whole
-
-
-def _has_written(words: list[str]) -> bool:
-    """Whether the folder after --out holds anything. That of an export held nothing before, and holds all or nothing now."""
-    from ptee._common.writing import is_left_over
-
-    out = [word for before, word in pairwise(words) if before == "--out"]
-    out += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
-    folders = [folder for folder in map(expanded, out) if is_folder(folder)]
-    return any(not is_left_over(path.name) for folder in folders for path in folder.iterdir())
 
 
 def _say(message: str, status: int) -> int:
@@ -192,12 +182,11 @@ def _as_setting(error: click.NoSuchOption) -> str:
     return f"Give {as_option(Argument(name, 'true' if is_flag else 'VALUE'), command)}"
 
 
-def _bare_model(error: click.UsageError, words: list[str]) -> str:
+def _bare_model(error: click.UsageError) -> str:
     """The word that was typed without --model before it, where that is missing and nothing else was; else empty."""
     extra = re.fullmatch(r"Got unexpected extra argument \(([a-zA-Z]\S*)\)", error.message)
-    options = {option for parameter in error.ctx.command.params for option in parameter.opts} if error.ctx else set()
-    given = any(word.partition("=")[0] == "--model" for word in words)
-    return extra[1] if extra and "--model" in options and not given and not Path(extra[1]).exists() else ""
+    lacks_model = error.ctx is not None and error.ctx.params.get("model", "") is None
+    return extra[1] if extra and lacks_model and not Path(extra[1]).exists() else ""
 
 
 class _BrokenPipe(Exception):  # noqa: N818 - the error is its cause

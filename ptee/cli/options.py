@@ -190,6 +190,16 @@ class Real(click.FloatRange):
         return number
 
 
+class Words(click.ParamType):
+    """Words separated by commas, such as eager,graphs."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        """Called by click."""
+        return value if isinstance(value, list) else [word.strip() for word in value.split(",")]
+
+
 class Size(Numbers):
     """Channels, height, width: 3,224,224; one number is the side of a colour image."""
 
@@ -300,13 +310,14 @@ MODEL = option_group(
     option("--std", type=PIXELS, help="Standard deviation of the pixels, for each channel. Default: the model's own."),
     option("--interpolation", help=f"How pictures are resized: {', '.join(INTERPOLATIONS)}. Default: the model's own."),
 )
+CLASSES = option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line.")
 DATA_OPTIONS = (
     option(
         "--data",
         help="A folder of images (train/ and val/, class folders, or tar files), or the name of a data set of torchvision.",
     ),
     option("--data-root", type=Place(), help="The folder of that data set of torchvision."),
-    option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line."),
+    CLASSES,
     option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load images."),
 )
 DATA = option_group("Data", *DATA_OPTIONS)
@@ -421,10 +432,6 @@ TRACES = option(
     metavar="FOLDER",
     help="A folder that ptee trace wrote, in place of images; for several runs, one folder for each. Repeatable.",
 )
-OF_RUN = in_groups(
-    option_group("Data", *DATA_OPTIONS, BATCH_SIZE),
-    option("--weights", type=File(), help="The backbone's weights, if they were moved."),
-    DEVICE,
-    EXPLAIN,
-    JSON,
-)
+WEIGHTS = option("--weights", type=File(), help="The backbone's weights, if they were moved.")
+OF_IMAGES = in_groups(option_group("Data", *DATA_OPTIONS, BATCH_SIZE), WEIGHTS, DEVICE)
+OF_RUN = in_groups(OF_IMAGES, EXPLAIN, JSON)

@@ -12,7 +12,7 @@ from cloup import command, option
 
 from ptee._common.writing import PICTURES, require_name, require_page, require_writable
 from ptee.cli import options
-from ptee.cli.checks import lines_of, require_comparable
+from ptee.cli.checks import require_comparable
 from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
 from ptee.pipeline.recorded import (
@@ -47,15 +47,11 @@ COMPARED = (
     ),
     option(
         "--lines",
+        type=options.Words(),
         default="own,blended,one_threshold,max_prob,entropy,patience,oracle,truncation",
         help="Which lines each run gets in the table, separated by commas; fewer make a short table of many runs. Default: all of own, "
         "blended, one_threshold, max_prob, entropy, patience, oracle, truncation.",
     ),
-)
-OF_IMAGES = in_groups(
-    options.option_group("Data", *options.DATA_OPTIONS, options.BATCH_SIZE),
-    option("--weights", type=options.File(), help="The backbone's weights, if they were moved."),
-    options.DEVICE,
 )
 
 
@@ -73,7 +69,7 @@ def require_comparing(runs: Sequence[str], o: dict[str, Any]) -> Any:
 def comparison_of(runs: Sequence[str], o: dict[str, Any], by: Any) -> dict[str, Any]:
     """How runs are compared, by the options of a command, and by what cost."""
     how = {"cost": by.cost, "at_batch": by.at_batch, "executor": by.executor} | how_of(o)
-    return how | {"static": static_networks(o["static"], runs), "drops": o["drops"], "lines": lines_of(o)}
+    return how | {"static": static_networks(o["static"], runs), "drops": o["drops"], "lines": o["lines"]}
 
 
 @command(short_help="Draw all about a run on one page.")
@@ -84,7 +80,7 @@ def comparison_of(runs: Sequence[str], o: dict[str, Any], by: Any) -> dict[str, 
 @option("--recorded", is_flag=True, help="Read no images: show only what the run recorded.")
 @option("--figures", type=Place(), metavar="FOLDER", help="Write the figures here, too, as SVG and PNG.")
 @in_groups(*COMPARED, *options.TIME_OF_RUN)
-@OF_IMAGES
+@options.OF_IMAGES
 def report(run: str, against: tuple[str, ...], **o: Any) -> None:
     """Draw all about a saved RUN on one page, in one file that needs nothing else: what it saves and loses, and why.
 
@@ -136,7 +132,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
 )
 @option("--out", type=Place(), required=True, help="FILE.html, or a still picture: FILE.png, FILE.svg.")
 @in_groups(*COMPARED, *options.TIME_OF_RUN)
-@OF_IMAGES
+@options.OF_IMAGES
 def plot(run: str, kind: str, **o: Any) -> None:
     """Draw one figure of a saved RUN, or of the folder of a sweep, into a file.
 

@@ -9,11 +9,11 @@ from typing import Any
 import click
 from cloup import command, option
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, Interrupted, PteeError
 from ptee._common.text import quoted, threshold_words, with_run
-from ptee._common.writing import require_name, require_page, write_text
+from ptee._common.writing import is_free, require_name, require_page, write_text
 from ptee.cli import options
-from ptee.cli.checks import executors_of, require_export, require_times, require_timing
+from ptee.cli.checks import require_export, require_times, require_timing
 from ptee.cli.options import Numbers, Place, RunName, as_option, given_settings, in_groups
 from ptee.cli.pages import COMPARED, comparison_of, require_comparing
 from ptee.cli.values import (
@@ -172,6 +172,7 @@ def compare(run: tuple[str, ...], **o: Any) -> None:
 @option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's own choice.")
 @option(
     "--executor",
+    type=options.Words(),
     help="Of a RUN: hooks, eager, graphs, compile, onnx; several separated by commas. Default: hooks, and eager on a CPU or graphs on a GPU.",
 )
 @option("--save", is_flag=True, help="Keep the times of the pieces in RUN, for --cost time.")
@@ -221,7 +222,7 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
         places = {key: o[key] for key in ("rounds", "threads", "data", "data_root", "classes")}
         show(bench_exported_folder(run, o["batch_sizes"], device=device, **places), o)
         return
-    names = executors_of(o) or ["hooks", "graphs" if device.type == "cuda" else "eager"]
+    names = o["executor"] or ["hooks", "graphs" if device.type == "cuda" else "eager"]
     how = {key: o[key] for key in ("rounds", "save", "threads", "weights", "data", "data_root", "classes")}
     bench_saved(run, o["batch_sizes"], device=device, executors=names, word=as_option, show=partial(show, o=o), **how)
     if o["save"]:
@@ -252,13 +253,22 @@ def export(run: str, **o: Any) -> None:
     """Write a saved RUN as files that need no Python code of the network: one for each piece of its forward pass."""
     require_runs(run, images=False, **o)
     require_export(o)
+    try:
+        _export(run, o)
+    except KeyboardInterrupt as why:
+        if is_free(o["out"]):
+            raise
+        raise Interrupted(f"Interrupted: what is in {o['out']} is complete.") from why
+
+
+def _export(run: str, o: dict[str, Any]) -> None:
     from ptee.deploy.export import export as write
     from ptee.pipeline.saved_run import load_run
 
     if o["int8"]:
         from ptee.pipeline.int8 import export_int8
 
-        click.echo(str(export_int8(run, o["out"], o["calibrate"], format=o["format"], weights=o["weights"])))
+        click.echo(str(export_int8(run, o["out"], o["calibrate"], weights=o["weights"])))
         click.echo(f"\n{_written(o['out'])}")
         return
     if o["format"] == "triton":

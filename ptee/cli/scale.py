@@ -12,7 +12,7 @@ from cloup import command, option, option_group
 from ptee._common.errors import Interrupted
 from ptee._common.text import quoted
 from ptee.cli import options
-from ptee.cli.options import File, Place, Real, RunName, as_option, in_groups
+from ptee.cli.options import Place, Real, RunName, as_option, in_groups
 from ptee.cli.values import require_runs
 
 SOURCE = option_group(
@@ -22,7 +22,7 @@ SOURCE = option_group(
         required=True,
         help="A folder of webdataset shards (*.tar), of *.parquet, or of pictures (CLASS/*.jpg); or one shard or table.",
     ),
-    option("--classes", type=File(), help="A text file with the backbone's classes in its order, one a line."),
+    options.CLASSES,
     option(
         "--max-unreadable",
         type=Real(0, 1),
@@ -49,7 +49,7 @@ INTO = option_group(
         "--out", type=Place(), required=True, help="A new folder, or one that the same command began: then it goes on."
     ),
     option("--overwrite", is_flag=True, help="Replace what another run or source left there."),
-    option("--weights", type=File(), help="The backbone's weights, if they were moved."),
+    options.WEIGHTS,
 )
 
 
@@ -63,13 +63,8 @@ def _goes_on(overwrite: bool) -> Iterator[None]:
         raise Interrupted(f"Interrupted: whole parts are kept. The same command{anew} goes on.") from why
 
 
-def words_of(value: str) -> int | None:
-    """How many logits: "all", or a number."""
-    return None if value == "all" else int(value)
-
-
 class Logits(click.ParamType):
-    """all, or how many."""
+    """all (None), or how many."""
 
     name = "all|k"
 
@@ -77,7 +72,7 @@ class Logits(click.ParamType):
         """Called by click."""
         if value != "all" and not str(value).isdecimal():
             self.fail(f"{value!r} is no number. Give all, how many of the largest, or 0 for none.", param, ctx)
-        return value
+        return None if value == "all" else int(value)
 
 
 OF_BOTH = (
@@ -113,9 +108,7 @@ def trace(run: str, **o: Any) -> None:
     from ptee.scale.trace import record
 
     with _goes_on(o["overwrite"]):
-        found = record(
-            run, logits=words_of(o["logits"]), log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH}
-        )
+        found = record(run, logits=o["logits"], log=click.echo, word=as_option, **{name: o[name] for name in OF_BOTH})
     either = "--max-drop 0.01, or --max-fidelity-drop 0.01, which needs no labels"
     target = either if found.labelled else "--max-fidelity-drop 0.01"
     click.echo(f"Choose thresholds by them: ptee tune {quoted(run)} --traces {quoted(found.folders[0])} {target}")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cloup import command, option
+from cloup import command, option, option_group
 
 from ptee._common.errors import Argument, PteeError
-from ptee.cli.options import DEVICE, File, Real, RunName, in_groups, option_group
+from ptee.cli.options import DEVICE, WEIGHTS, File, Real, RunName, in_groups
 from ptee.cli.values import require_runs
 
-FEW_MACS = 10_000_000  # as of `ptee bench`: one CPU thread is faster than several
 STOPPED = "Stopped. All that came was answered."
 NEEDS = {
     "starlette": "starlette",
@@ -113,7 +112,7 @@ WATCH = option_group(
 @option("--local", is_flag=True, help="Serve in one process, without Ray.")
 @option("--bare", is_flag=True, help="Serve the backbone alone, with all exits off, to compare with.")
 @in_groups(ADDRESS, LIMITS, BATCHES, WATCH)
-@option("--weights", type=File(), help="The backbone's weights, if they were moved.")
+@WEIGHTS
 @DEVICE
 def serve(run: str, **o: Any) -> None:
     """Answer images over HTTP with a saved RUN, or with what `ptee export` wrote.
@@ -178,6 +177,7 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     """Serve with Ray until SIGTERM: the arguments are those of `_serve_local`."""
     from ptee._common.devices import resolve_device
     from ptee.deploy.manifest import is_exported
+    from ptee.serving.local import Batching
     from ptee.serving.pieces import Source
     from ptee.serving.ray_serve import run_with_ray
 
@@ -187,13 +187,11 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
         raise PteeError(
             Argument("max_fidelity_drop"), " is for one process. Give ", Argument("local", "True"), ", too."
         )
-    wait_s = (o["max_wait_ms"] if o["max_wait_ms"] is not None else (o["p99_ms"] or 100) / 4) / 1000
+    wait_s = Batching(max_wait_ms=o["max_wait_ms"], p99_ms=o["p99_ms"], rebatch=o["rebatch"]).max_wait_s
     place = str(Path(run).resolve()) if Path(run).is_dir() else run
     device = str(o["device"] or "cpu") if exported else str(resolve_device(o["device"]))
     weights = None if o["weights"] is None else o["weights"].resolve()
-    source = Source(
-        place, exported, device, weights, o["max_batch"], wait_s if o["rebatch"] else 0.0, o["max_queue"], o["bare"]
-    )  # fmt: skip
+    source = Source(place, exported, device, weights, o["max_batch"], wait_s, o["max_queue"], o["bare"])
     click.echo(f"Starting Ray, with a deployment for each piece of {run}.{_on_pixels(run)}")
     p99_s = None if o["p99_ms"] is None else o["p99_ms"] / 1000
     how = {"host": o["host"], "port": o["port"], "workers": o["workers"], "p99_s": p99_s}
@@ -236,12 +234,12 @@ def _opened(run: str, o: Mapping[str, Any]) -> Any:
     import torch
 
     from ptee._common.devices import resolve_device
-    from ptee.pipeline.saved_run import load_run
+    from ptee.pipeline.saved_run import load_run, usual_threads
 
     device = resolve_device(o["device"])
     model = load_run(run, o["weights"]).to(device)
-    if o["threads"] or model.plan.macs < FEW_MACS:
-        torch.set_num_threads(o["threads"] or 1)
+    if threads := o["threads"] or usual_threads(model):
+        torch.set_num_threads(threads)
     if o["bare"]:
         model.answers, model.off = "own", range(len(model.exits))
     elif o["max_fidelity_drop"] is not None:

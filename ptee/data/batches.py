@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from numbers import Integral, Number
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from ptee._common.errors import DataError, some
 from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
+MARKED_VALUES = 256  # of an image, by which it is known again
+MARK_BYTES = 6  # of a mark, which any program reads as a whole number
+LARGEST_MARK = 2 ** (8 * MARK_BYTES)
+SAMPLED_MARKS = 64
 # Where a process that loads images ends, its connection is lost before torch raises the error that says so.
 SECONDS_TO_END = 1.0
 
@@ -78,9 +83,7 @@ def batches(
     )
 
 
-def shared_batches(
-    data: Any, sampler: Any, *, generator: torch.Generator | None = None, num_workers: int = 0
-) -> DataLoader[Any]:
+def shared_batches(data: Any, sampler: Any, *, generator: torch.Generator | None, num_workers: int) -> DataLoader[Any]:
     """A loader of a map-style data set, of the rows that a sampler of batches gives. It draws as one of `batches` does."""
     how: dict[str, Any] = {"num_workers": int(num_workers), "collate_fn": _collate}
     return CpuLoader(data, batch_sampler=sampler, generator=generator, **how)
@@ -281,3 +284,28 @@ def same_images(one: Any, other: Any) -> bool:
     """Whether two arguments are the same data set, or loaders of the same one."""
     one, other = (getattr(data, "dataset", data) if is_loader(data) else data for data in (one, other))
     return one is other
+
+
+# ---------------------------------------------------------------------------------------------------- images known again
+
+
+def marks_of(images: Tensor) -> Tensor:
+    """(b,) int64, a hash of some values of each image (b, c, h, w). The same image has the same one in any data set and process."""
+    flat = images.detach().flatten(1)
+    few = flat[:, :: -(-flat.shape[1] // MARKED_VALUES)].to(
+        "cpu", torch.float16
+    )  # so that a number type does not matter
+    hashes = [blake2b(row.numpy().tobytes(), digest_size=MARK_BYTES).digest() for row in few]
+    return torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
+
+
+def sample_of_marks(marks: Tensor) -> list[int]:
+    """A few of them, the same of the same images in any order."""
+    return marks.unique()[:SAMPLED_MARKS].tolist()
+
+
+def number_among(marks: Tensor, sample: Any) -> int:
+    """How many of such a sample are among these; 0 if it is none, as in a file of a stranger."""
+    if not isinstance(sample, list) or not all(type(one) is int and 0 <= one < LARGEST_MARK for one in sample):
+        return 0
+    return int(torch.isin(torch.tensor(sample, dtype=torch.int64, device="cpu"), marks).sum())

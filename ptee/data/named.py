@@ -26,7 +26,7 @@ HUB_VALIDATION = ("validation", "valid", "val", "test")  # splits; the first tha
 SIDED = (DEMO, "digits", "emnist", "gtsrb", "kmnist", "mnist", "omniglot", "qmnist", "renderedsst2", "svhn", "usps")
 
 
-def list_named(name: str, root: Path | None, seed: int = 0) -> Listing:
+def list_named(name: str, root: Path | None, seed: int) -> Listing:
     """The pictures of "digits", "CIFAR10", "torch/cifar10", "hfds/user/name" and the like.
 
     `root` is the folder that holds torchvision's data set, by default the current one; or the cache of the hub.

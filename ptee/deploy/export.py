@@ -38,6 +38,7 @@ from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import require_eval
+from ptee.model.saving import warn_of_changes
 
 ONNX, PT2 = "onnx", "pt2"
 FORMATS = (PT2, ONNX)
@@ -108,6 +109,7 @@ def export(
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
         raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
+    warn_of_changes(model.origin)
     target = free_place(folder)
     # An autocast around the call is no part of the model.
     with torch.autocast("cpu", enabled=False), tempfile.TemporaryDirectory() as beside:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ptee._common.errors import Advice, Argument, DataError, some
+from ptee.analysis.freezing import one_parameter, running_on
 from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
 from ptee.data.labels import IMAGENET_CLASSES, SURE, LabelMap, class_orders, map_labels, near_chance
 from ptee.data.splits import FILES, PARTS, Data
@@ -60,8 +61,7 @@ def choose_class_order(
         maps = {"": first} | _rivals(data, first, backbone.num_classes)
     if first.indices is None or not (check or len(maps) > 1):
         return first
-    images = _some_images(data, list(maps.values()))
-    answers, labels = _try(backbone.module, images, device)
+    images, answers, labels = _try(backbone.module, data, list(maps.values()), device)
     right = {name: _share_right(answers, labels, each) for name, each in maps.items()}
     best = max(right, key=lambda name: right[name])  # of equal ones the first
     if classes is None and recorded is not None:
@@ -74,8 +74,7 @@ def choose_class_order(
     if doubted.doubt:
         return doubted
     if len(maps) > 1:
-        images = _some_images(data, [found])
-        answers, labels = _try(backbone.module, images, device)
+        images, answers, labels = _try(backbone.module, data, [found], device)
         doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
     return replace(doubted, right=_by_part(data, images, answers, labels, found))
 
@@ -87,8 +86,7 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
         DataError: if only some of them are class numbers, or the data cannot form batches of images.
     """
     found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
-    images = _some_images(data, [found])
-    answers, labels = _try(backbone.module, images, device)
+    images, answers, labels = _try(backbone.module, data, [found], device)
     fault = labels_of_other_classes(labels, backbone.num_classes)
     remedy = ("Check that the labels are the backbone's class numbers.",)
     if fault:
@@ -182,22 +180,19 @@ def _some_images(data: Data, maps: Sequence[LabelMap]) -> Any:
 
 
 @torch.no_grad()
-def _try(module: torch.nn.Module, images: Any, device: str | torch.device | None) -> tuple[Tensor, Tensor]:
-    """The backbone's answers (n,) and the labels (n,). The backbone is left as it was."""
-    home, modes = next(module.parameters()).device, {each: each.training for each in module.modules()}
+def _try(
+    module: torch.nn.Module, data: Data, maps: Sequence[LabelMap], device: str | torch.device | None
+) -> tuple[Any, Tensor, Tensor]:
+    """Some images, the backbone's answers (n,) and the labels (n,). The backbone is left as it was."""
+    images, like = _some_images(data, maps), one_parameter(module)
+    place = like.device if device is None else torch.device(device)
     answers, labels = [], []
-    try:
-        module.to(home if device is None else device).eval()
-        like = next(module.parameters())
+    with running_on(place, module):
         for batch in batches(images, batch_size=BATCH, shuffle=False):
             x, y = split_batch(batch)
-            answers.append(module(x.to(like.device, like.dtype)).argmax(-1).cpu())
+            answers.append(module(x.to(place, like.dtype)).argmax(-1).cpu())
             labels.append(numbered(y, x))
-    finally:
-        module.to(home)
-        for each, training in modes.items():
-            each.training = training
-    return torch.cat(answers), torch.cat(labels)
+    return images, torch.cat(answers), torch.cat(labels)
 
 
 def _share_right(answers: Tensor, labels: Tensor, label_map: Callable[[int], int]) -> float:

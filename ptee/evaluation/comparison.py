@@ -45,6 +45,7 @@ from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repe
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
+COPIES = 0.01  # share of the report images that may be copies of calibration images without a word
 
 
 @checked
@@ -116,6 +117,8 @@ def compare(
         own = _of_run(name, _with_times(pair, times, name), allowed, wanted, model.answers)
         found += with_bar(own, f"thresholds of {name}", progress)
     assert pair is not None
+    if not same_images(*parts):
+        _warn_of_shared(pair)
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
         both = zip(parts, pair, strict=True)
@@ -182,6 +185,19 @@ class Pair(NamedTuple):
 
 def _hash(model: EarlyExitModel) -> str:
     return answering_hash(model.backbone, model.plan.input_size)
+
+
+def _warn_of_shared(pair: Pair) -> None:
+    """Warn if images that are reported on are among those that thresholds are chosen on."""
+    ours, theirs = pair.report.marks, pair.calibration.marks
+    if ours is None or theirs is None:  # of recorded traces
+        return
+    shared = int(torch.isin(ours, theirs).sum())
+    if shared > COPIES * len(ours):
+        warn(
+            f"{shared:,} of the {len(ours):,} report images are calibration images, too, so numbers are better than on new ones. Give "
+            "other images to report on."
+        )
 
 
 def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:

@@ -15,17 +15,18 @@ from ptee._common.clock import in_turns, ratio, spread
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import sparing
+from ptee.analysis.freezing import running_on, sparing
 from ptee.data.labels import near_chance
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
 from ptee.evaluation.results_table import BLENDED_END, Results, Row
 from ptee.exits.blend import BLENDED
-from ptee.exits.config import ALWAYS, CALIBRATED, NEVER
+from ptee.exits.config import ALWAYS, CALIBRATED, NEVER, with_off
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.saving import warn_of_changes
 from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
-from ptee.tuning.tune import outcome_in_force
+from ptee.tuning.tune import chosen_on_these, outcome_in_force
 
 __all__ = ["Results", "Row", "evaluate"]
 
@@ -74,13 +75,12 @@ def evaluate(
     if speed and recorded(data) is not None:
         text = "A folder of traces has no images to time. Give "
         raise PteeError(text, Argument("speed", "False"), ", or measure it apart (ptee bench).", argument="speed")
-    home, was_training = next(model.heads.parameters()).device, model.training
-    place = home if device is None else resolve_device(device)
+    warn_of_changes(model.origin)
+    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
     view = copy.copy(model)  # the same modules with thresholds of its own: other threads see the model unchanged
     if threshold is not None:
         view.threshold = threshold
-    try:
-        view.to(place).eval()
+    with running_on(place, view):
         traces = record(view, data, batch_size=batch_size, num_workers=num_workers, logits=False)
         rows, leaving = _rows(view, traces)
         images, differ = traces.sample.to(place), 0.0
@@ -95,12 +95,11 @@ def evaluate(
             confidence=view.confidence, answers=view.answers, doubt=doubted(model, rows[0].accuracy, traces.answers.shape[1]),
         )  # fmt: skip
         outcome, loses_too_much = outcome_in_force(view, found.to_dict())
-        found = replace(found, outcome=outcome, loses_too_much=loses_too_much)
+        seen = "" if threshold is not None else chosen_on_these(view, traces.marks)
+        found = replace(found, seen=seen, outcome=outcome, loses_too_much=loses_too_much)
         if keep:
             model.results = (model.results or {}) | found.to_dict()
         return found
-    finally:
-        model.to(home).train(was_training)
 
 
 def about_speed(model: EarlyExitModel, seconds: float = SPEED_SECONDS) -> str:
@@ -127,7 +126,7 @@ def doubted(model: EarlyExitModel, right: float | None, n: int) -> str:
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:
     """A row for each scenario, and the share of the images that leaves at each exit at the model's thresholds."""
-    thresholds = [NEVER if n in model.off else t for n, t in enumerate(model.threshold)]
+    thresholds = with_off(model.threshold, model.off)
     traces = traces.by(thresholds)
     leaving = traces.leaving(thresholds)
     backbone = replace(

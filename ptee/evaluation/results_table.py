@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import number_of, table
+from ptee._common.text import describe_thresholds, number_of, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
-from ptee.tuning.config import describe_thresholds
 from ptee.tuning.traces import Score
 
 MANY_DIFFER = 0.05  # share of answers that differ from the backbone's; more are too many
@@ -70,6 +69,7 @@ class Results:
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         doubt: that the backbone is near chance under the labels, in a sentence; else empty. Then no accuracy says anything.
+        seen: that the thresholds were chosen on some of these images, in a sentence; else empty.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
@@ -103,6 +103,7 @@ class Results:
     confidence: str = ""
     answers: str = ""
     doubt: str = ""
+    seen: str = ""
 
     @property
     def early_exit(self) -> Row:
@@ -173,7 +174,14 @@ class Results:
         last = [self.bottom_line] * bool(self.bottom_line)
         before = self.verdict[: len(self.verdict) - len(last)]
         noisy = [words for words in [noise([self.spread])] if words]
-        sentences = noisy + [off] * some_off + before + [self.outcome] * bool(self.outcome) + last
+        sentences = (
+            noisy
+            + [off] * some_off
+            + before
+            + [self.seen] * bool(self.seen)
+            + [self.outcome] * bool(self.outcome)
+            + last
+        )
         return (
             f"{self.backbone}, {number_of(self.samples, 'image')}; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")
@@ -221,14 +229,11 @@ def _at_exits(results: Results) -> str:
         off = n in results.off
         leave = "-" if off else f"{results.leaving[n]:.1%}"
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
-        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), *_of_confidence(row)))
+        quality = _shown(row.failure_auroc, ".3f"), _shown(row.calibration_error, ".3f")
+        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), *quality))
     right = _shown((results.blended_end or results.rows[0]).right, ".4f")
     lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, "", ""))
     return table(lines, left={0})
-
-
-def _of_confidence(row: Row) -> tuple[str, str]:
-    return _shown(row.failure_auroc, ".3f"), _shown(row.calibration_error, ".3f")
 
 
 def _early_exit(results: Results) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Annotated, Any, Literal
@@ -105,7 +105,7 @@ class ConfidenceConfig(FrozenConfig):
             value = getattr(self, name)
             if self.name not in (None, CALIBRATED) and value != type(self).model_fields[name].default:
                 raise PteeError(
-                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument("name", repr(self.name)),
+                    Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument.text("name", self.name),
                     ". Leave it out.", argument=name, value=value,
                 )  # fmt: skip
         return self
@@ -160,6 +160,11 @@ def _of_torch(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [v.item() if getattr(v, "numel", lambda: 0)() == 1 else _of_torch(v) for v in value]
     return value
+
+
+def with_off(thresholds: Iterable[Any], off: Collection[int]) -> list[Any]:
+    """The thresholds of the exits, `NEVER` where an exit is off."""
+    return [NEVER if n in off else t for n, t in enumerate(thresholds)]
 
 
 def not_a_number(value: Any) -> PteeError:

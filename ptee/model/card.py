@@ -14,6 +14,7 @@ from ptee.model.run_files import CARD
 OWN = "<!-- Written by ptee, and again whenever the run changes. Delete this line to keep a text of your own. -->"
 LARGEST_CARD = 2**20  # bytes
 TEMPLATE = f"---\n{{{{ card_data }}}}\n---\n{OWN}\n\n{{{{ about }}}}\n"
+AGAIN = "Measure again and save it: `ptee.evaluate(model, data, keep=True)`."
 LIMITS = """\
 - All numbers are means over the images named above. Other images (another camera, another season) cost and lose something else:
   measure on yours, and watch the model in use (`model.monitor()`).
@@ -42,8 +43,8 @@ def about(model: Any) -> str:
     """What is known of a model, in Markdown."""
     results = model.results if isinstance(model.results, dict) else {}
     measured = _measured(results)
-    if others := _other_settings(model, results):
-        measured = f"{measured}\n\n{others}"
+    if others := other_settings(model, results):
+        measured = f"{measured}\n\n{_plain(others)} {AGAIN}"
     parts = [
         f"# Early exits for {_plain(model.plan.backbone)}",
         f"Early-exit heads made with ptee for the frozen classifier {_plain(model.plan.backbone)}, {model.num_classes:,} classes."
@@ -95,14 +96,14 @@ def _measured(results: Mapping[str, Any]) -> str:
                 f"{ms:.3g} ms for an image on {_plain(results['device'])} in batches of {int(results['batch_size'])}; the bare backbone "
                 f"takes {own['speedup']:.2f} times that. Measured in turns."
             )
-        words += [_plain(results[key]) for key in ("outcome", "bottom_line") if results.get(key)]
+        words += [_plain(results[key]) for key in ("seen", "outcome", "bottom_line") if results.get(key)]
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
         return "Nothing yet."
     return "\n".join(lines) + "\n\n" + " ".join(words)
 
 
-def _other_settings(model: Any, results: Mapping[str, Any]) -> str:
-    """A sentence, if the numbers were measured with other settings than the model has now, else none."""
+def other_settings(model: Any, results: Mapping[str, Any]) -> str:
+    """A sentence, if results were measured with other settings than the model has now, else none."""
     try:
         thresholds = _thresholds([float(t) for t in results["threshold"]], results.get("off") or ())
     except (KeyError, TypeError, ValueError):
@@ -113,16 +114,13 @@ def _other_settings(model: Any, results: Mapping[str, Any]) -> str:
         "other answers": (results.get("answers"), model.answers),
     }
     others = [
-        f"{what} ({_plain(then)}) than the model has now ({_plain(now)})"
+        f"{what} ({then}) than the model has now ({now})"
         for what, (then, now) in then_and_now.items()
         if then and then != now  # a run of an older ptee says less
     ]
     if not others:
         return ""
-    return (
-        f"These numbers were measured with {' and '.join(others)}, so they are not its own. Measure again and save it: "
-        "`ptee.evaluate(model, data, keep=True)`."
-    )
+    return f"These numbers were measured with {' and '.join(others)}, so they are not its own."
 
 
 def _thresholds(values: Sequence[float], off: Collection[int]) -> str:

@@ -184,9 +184,7 @@ class InProduction:
             answer: Tensor = self.backbone(x)
             return answer
 
-    def watching(
-        self, x: Tensor, *, audited: bool = True, at_once: int = AT_ONCE
-    ) -> Callable[[ExitOutput], ExitOutput]:
+    def watching(self, x: Tensor, *, audited: bool, at_once: int = AT_ONCE) -> Callable[[ExitOutput], ExitOutput]:
         """Called with images before they are answered; what it returns is called with the answers, and gives them back.
 
         It must be called in the number types of the answers, that is in the same autocast. Arguments as of `Monitor.watch`.

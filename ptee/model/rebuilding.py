@@ -99,7 +99,8 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     learnt = run.backbone is not None
     found = Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
-    return replace(found, learnt=learnt, pixels_known=about.pixels_known, hashes=run.config.backbone_tensors)
+    known = run.config.backbone_tensors
+    return replace(found, learnt=learnt, pixels_known=about.pixels_known, hashes=known, learned_from=known)
 
 
 def _its_weights(run: Run) -> str:

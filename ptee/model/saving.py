@@ -82,6 +82,8 @@ def describe(model: Any) -> dict[str, Any]:
     network, plan, tensors = model.origin, model.plan, tensor_hashes(model.origin.module)
     if network.hashes not in (None, tensors) and network.source is not None and not network.learnt:
         _tell_changes(network)
+    else:
+        warn_of_changes(network)
     front = next((head.origin for head in model.heads if isinstance(head, FrontHead)), None)
     return {
         "backbone": {
@@ -116,6 +118,20 @@ def _tell_changes(network: Backbone) -> None:
             f"The weights of {network.name} are not those that it was loaded with: {why}. A run holds no weights of the backbone, only where "
             "they were loaded from, so ptee.load(FOLDER) will refuse it. Keep them (torch.save(model.backbone.state_dict(), FILE)), and give "
             f"the network with them: ptee.load(FOLDER, backbone=...).{of_type}"
+        )
+
+
+def warn_of_changes(network: Backbone) -> None:
+    """Warn if heads answer for other weights than they learned from.
+
+    Only in single precision: whether half of it holds the same weights, their hashes do not say.
+    """
+    if network.learned_from is None or any(type_name(p.dtype) != "float32" for p in network.module.parameters()):
+        return
+    if why := changes(network.learned_from, network.module, network.input.input_size):
+        warn(
+            f"The weights of {network.name} are not those that its heads learned from: {why}. So its thresholds and all that was measured "
+            "before are of another network. Put the weights back, or train the heads again (ptee.train)."
         )
 
 
@@ -227,20 +243,16 @@ def update(
     `more` holds the texts of further files, by name. `versions`: as of `changing`.
     """
     with changing(folder, {} if versions is None else versions):
-        _update(folder, more or {}, fields)
-
-
-def _update(folder: Path, more: Mapping[str, str], fields: dict[str, Any]) -> None:
-    new = {CONFIG: read_values(folder, folder / CONFIG) | fields}
-    if "fingerprint" in new[CONFIG]:
-        new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
-    _require_loadable(folder, json.loads(to_json(new[CONFIG])))
-    if (folder / METRICS).is_file():
-        metrics = metrics_of(folder)
-        new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
-    texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
-    writers = {name: writer_of(text) for name, text in {**more, **texts}.items()}
-    replace_files(folder, writers, OTHER_FOLDER)
+        new = {CONFIG: read_values(folder, folder / CONFIG) | fields}
+        if "fingerprint" in new[CONFIG]:
+            new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
+        _require_loadable(folder, json.loads(to_json(new[CONFIG])))
+        if (folder / METRICS).is_file():
+            metrics = metrics_of(folder)
+            new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
+        texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
+        writers = {name: writer_of(text) for name, text in {**(more or {}), **texts}.items()}
+        replace_files(folder, writers, OTHER_FOLDER)
 
 
 def _require_loadable(folder: Path, config: Mapping[str, Any]) -> None:

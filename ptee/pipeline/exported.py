@@ -89,7 +89,6 @@ class _AsModule(nn.Module):
     def __init__(self, runner: Runner) -> None:
         super().__init__()
         self.runner = runner
-        self.place = nn.Parameter(torch.zeros(1, device="cpu"))  # tells where images are to be
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (b, K) of images (b, c, h, w)."""

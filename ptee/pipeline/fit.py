@@ -261,12 +261,12 @@ def checked_model(
         PteeError: naming the setting.
     """
     recipe, labelled = recipe.resolved(), has_labels(data)
-    target = Target.of(recipe.thresholds, labelled)
+    target = recipe.thresholds.target(labelled)
     question = recipe.confidence.question
     require_confidence(recipe.confidence.name)
     require_no_percentage(recipe.thresholds.threshold)
     if not labelled and question != "agrees":
-        wanted, instead = Argument("question", repr(question)), Argument("question", "'agrees'")
+        wanted, instead = Argument.text("question", question), Argument.text("question", "agrees")
         text = "The images have no labels for "
         raise DataError(text, wanted, ". Give ", instead, ".", argument="question", value=question)
     model = build_model(backbone, recipe, times)

@@ -128,7 +128,7 @@ def _require_map_style(data: Any, argument: str) -> None:
     raise DataError(text, argument=argument, value=data)
 
 
-def labels_of(data: Data, backbone: Backbone, device: Any = None) -> LabelMap:
+def labels_of(data: Data, backbone: Backbone, device: Any) -> LabelMap:
     """The labels of the user's own data sets. The backbone is tried on some of the images, on `device`.
 
     Raises:
@@ -195,9 +195,8 @@ def recipe_for(labels: LabelMap, recipe: Recipe) -> Recipe:
     if labels.indices is not None and not labels.doubt:
         return recipe
     changes: dict[str, Any] = {} if recipe.training.resolved_targets == "soft" else {"training.targets": "pseudo"}
-    if recipe.thresholds.threshold is None:
-        kind, limit = recipe.thresholds.target(labelled=False) or ("", None)
-        changes |= {"thresholds.max_loss": None, f"thresholds.{kind}": limit}
+    if (target := recipe.thresholds.target(labelled=False)) is not None:
+        changes |= {"thresholds.max_loss": None, f"thresholds.{target.kind}": target.limit}
     return recipe.with_settings(changes)
 
 
@@ -211,13 +210,13 @@ def described_change(recipe: Recipe, adapted: Recipe) -> str:
 
 def _require_labels(labels: LabelMap, recipe: Recipe) -> None:
     limit, question = recipe.thresholds.max_drop, recipe.confidence.question
-    give = ("Give images with labels, or ", Argument("backbone", "'frozen'"), ".")
+    give = ("Give images with labels, or ", Argument.text("backbone", "frozen"), ".")
     if recipe.backbone == JOINT and labels.indices is None:
         raise DataError(f"{labels.reason} A backbone that learns needs labels. ", *give, argument="backbone")
     needs = [
         (limit is not None, Argument("max_drop", str(limit)), Argument("max_fidelity_drop", str(limit))),
-        (recipe.training.targets == "labels", Argument("targets", "'labels'"), Argument("targets", "'pseudo'")),
-        (question != "agrees", Argument("question", repr(question)), Argument("question", "'agrees'")),
+        (recipe.training.targets == "labels", Argument.text("targets", "labels"), Argument.text("targets", "pseudo")),
+        (question != "agrees", Argument.text("question", question), Argument.text("question", "agrees")),
     ]
     for needed, wanted, instead in needs:
         if needed and labels.indices is None:
@@ -290,7 +289,7 @@ def for_training(recipe: Recipe, data: Data) -> Recipe:
     if _is_labelled(data.train) or recipe.training.resolved_targets != "labels":
         return recipe
     if recipe.training.targets == "labels":
-        asked, instead = Argument("targets", "'labels'"), Argument("targets", "'pseudo'")
+        asked, instead = Argument.text("targets", "labels"), Argument.text("targets", "pseudo")
         raise DataError(
             "The images of train_data have no labels for ", asked, ". Give ", instead, ".", argument="targets"
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
-from ptee._common.errors import Argument, DataError, PteeError, first_line
+from ptee._common.errors import DataError, PteeError, first_line
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
 from ptee._common.text import number_of, table
 from ptee._common.writing import free_place
@@ -83,32 +83,18 @@ class Exported:
         )
 
 
-def export_int8(
-    run: str, out: Path, calibrate: str | None, *, format: str = ONNX, weights: Path | None = None
-) -> Exported:
+def export_int8(run: str, out: Path, calibrate: str, *, weights: Path | None) -> Exported:
     """Write a saved run in whole numbers, and compare it with the same in float32.
 
     Args:
         run: a folder, or user/repo on the hub.
         out: a new folder.
         calibrate: images: a folder, or the name of a data set.
-        format: only "onnx" is possible.
         weights: a file of the backbone's weights.
 
     Raises:
-        PteeError: for another format, without images, or if a piece cannot be quantised.
+        PteeError: if there are too few images, or a piece cannot be quantised.
     """
-    if format != ONNX:
-        raise PteeError(
-            "Whole numbers are for ONNX Runtime. Give ",
-            Argument.text("format", ONNX),
-            ".",
-            argument="format",
-            value=format,
-        )
-    if not calibrate:
-        text = "What values can be is measured on images. Give some that the heads were not trained on: "
-        raise DataError(text, Argument("calibrate", "FOLDER"), ".", argument="calibrate")
     require_libraries(ONNX)
     target = free_place(out)
     opened = open_run(run, weights=weights, data=calibrate)

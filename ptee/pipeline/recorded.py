@@ -30,7 +30,7 @@ from ptee.model.run_files import (
     record_of,
 )
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
-from ptee.training.config import TELLING, of_another_training, other_settings
+from ptee.training.config import SETTLED, of_another_training, other_settings
 from ptee.tuning.config import TARGETS, no_target
 
 WHOLE_DISK = re.compile(r"([A-Za-z]:)?[./]*/[./]*|[A-Za-z]:")
@@ -94,7 +94,7 @@ def require_same_input(runs: Sequence[str]) -> None:
             raise PteeError(text)
 
 
-def require_tunable(run: str, *, keep: bool = True) -> None:
+def require_tunable(run: str, *, keep: bool) -> None:
     """Refuse a run whose files cannot be changed, before thresholds are chosen for it. Without `keep` they need only be read."""
     folder = Path(run)
     settle(folder)
@@ -273,7 +273,7 @@ def require_same_training(out: Path, recipe: Recipe) -> None:
         now = recipe.resolved().training.model_dump(mode="json")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # a file that is damaged is refused when it is read
-    known = [name for name in TELLING if isinstance(then, dict) and name in then and now[name] != "auto"]
+    known = [name for name in SETTLED if isinstance(then, dict) and name in then and now[name] != "auto"]
     if words := other_settings(then, now, [name for name in known if then[name] != now[name]]):
         with or_anew():
             raise of_another_training(out / CHECKPOINT, words)

@@ -135,8 +135,7 @@ def reported(
     name, first = next(iter(runs.items()))
     run = folders[name]
     metrics = read_recorded(run) if run else {"results": first.model.results}
-    times = _times(run, how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
-    said = _of(run, first.model, metrics)
+    said = _of(run, first.model, metrics, how.get("at_batch", AT_BATCH), how.get("executor", AUTO))
     drops = tuple(how.pop("drops", DROPS))
     target = said.target_drop(has_labels(first.unseen.data))
     if with_target and drops == DROPS and target is not None and target >= 0:  # a gain is no drop
@@ -144,12 +143,11 @@ def reported(
     kept: dict[str, Traces] = {}
     found = compare_runs(runs, log=log, keep=kept, drops=drops, **how)
     images = parts_for_all([run.unseen for run in runs.values()])
-    traces = replace(kept[name], times=times)
+    traces = replace(kept[name], times=said.times)
     shown = images.report if pictures else None
     more: dict[str, Any] = {
         "names": class_names(first),
         "about": f"Images: {found.about} {first.accuracy}",
-        "times": times,
         "folders": folders,
     }
     return replace(said, traces=traces, comparison=found, images=shown, **more), found
@@ -241,7 +239,7 @@ def _require_times(saved: str, cost: str, at_batch: int, executor: str, own: boo
     by.require_used(name for name, value in how.items() if value != ThresholdsConfig.model_fields[name].default)
     if cost == TIME and not saved:
         text = " needs times, which the folder of a run keeps. Give the folder in place of the model."
-        raise PteeError(Argument("cost", repr(cost)), text, argument="cost", value=cost)
+        raise PteeError(Argument.text("cost", cost), text, argument="cost", value=cost)
     if cost == TIME and own and not is_file(Path(saved) / FILE):  # which no command can measure
         text = (
             f"{saved} keeps no times of its pieces. For a network of your own they are kept by ptee.fit(cost='time')."
@@ -275,16 +273,19 @@ def recorded_only(run: str, weights: Path | None) -> Reported:
         raise RunError(
             f"{run}: {METRICS} is of a run with {number_of(len(leaving) - 1, 'exit')}, and this one has {len(said.model.exits)}. Copy the run again."
         )
-    return replace(said, times=_times(run, AT_BATCH), names=())
+    return said
 
 
-def _of(run: str, model: EarlyExitModel, metrics: Mapping[str, Any]) -> Reported:
+def _of(
+    run: str, model: EarlyExitModel, metrics: Mapping[str, Any], batch: int = AT_BATCH, executor: str = AUTO
+) -> Reported:
+    """What a run says by itself. Its times are for batches of this size."""
     folder = Path(run)
     recipe = make_recipe(folder).to_yaml() if run and (folder / RECIPE_FILE).is_file() else ""
-    return Reported(run, model, metrics, recipe=recipe)
+    return Reported(run, model, metrics, recipe=recipe, times=_times(run, batch, executor))
 
 
-def _times(run: str, batch: int, executor: str = AUTO) -> BatchTimes | None:
+def _times(run: str, batch: int, executor: str) -> BatchTimes | None:
     """The times that a run keeps, for batches of this size or of the largest that was measured; None if it keeps none."""
     if not run or not (Path(run) / FILE).is_file():
         return None
@@ -327,8 +328,7 @@ def sweep_figure(folder: Path, kind: str) -> tuple[Any, str]:
 def recorded_figure(run: str, kind: str, weights: Path | None) -> tuple[Any, str]:
     """A figure of `WITHOUT_IMAGES`, and its title: no image is read."""
     title, draw = OF_RUN[kind]
-    said = _of(run, load_run(run, weights), read_recorded(run))
-    return draw(replace(said, times=_times(run, AT_BATCH))), title
+    return draw(_of(run, load_run(run, weights), read_recorded(run))), title
 
 
 def run_figure(opened: OpenRun, run: str, kind: str, *, log: Log, **how: Any) -> tuple[Any, str]:

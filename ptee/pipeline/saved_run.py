@@ -43,7 +43,7 @@ from ptee.pipeline.recorded import or_weights, recorded_images
 from ptee.timing.measure import measure_static
 from ptee.timing.settings import AUTO
 from ptee.timing.times import times_for
-from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME, Target
+from ptee.tuning.config import AT_BATCH, OPERATIONS, TIME
 from ptee.tuning.reachable import require_labels
 from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import choose_thresholds, describe_outcome
@@ -203,7 +203,7 @@ def tune_run(
         Interrupted: on Ctrl-C before anything is written.
     """
     model, folder, labelled = opened.model, Path(opened.unseen.run), has_labels(opened.unseen.data)
-    target = Target.of(recipe.thresholds, labelled)
+    target = recipe.thresholds.target(labelled)
     assert target is not None
     require_labels(target, labelled)
     own = make_recipe(folder) if (folder / RECIPE_FILE).is_file() else None

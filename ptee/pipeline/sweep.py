@@ -28,8 +28,7 @@ from ptee.pipeline.images import carried_out, recipe_for
 from ptee.pipeline.recipe import Recipe, make_recipe
 from ptee.pipeline.recorded import SWEEP_TABLE, is_interrupted, new_folder
 from ptee.report import curves
-from ptee.report.page import write
-from ptee.report.parts import Part
+from ptee.report.pictures import write_figure
 from ptee.training.config import JOINT
 from ptee.training.training_data import shared_caches
 from ptee.tuning.config import Target
@@ -112,7 +111,7 @@ def run_sweep(
         Interrupted: on Ctrl-C.
     """
     assert job.out is not None
-    require_one_process("A sweep")
+    require_one_process()
     require_writable(job.out)
     clear_unfinished(job.out)
     data, runs = _Images(open_data), _runs(base, axes, job.out)
@@ -179,7 +178,8 @@ def _fit_all(backbone: Backbone, data: _Images, runs: Sequence[tuple[Path, dict[
         rows.append(_row(folder, settings))
         sweep = Sweep(tuple(rows), job.out)
         write_text(job.out / SWEEP_TABLE, sweep.to_csv())
-    _draw(sweep, job.out / FIGURE)
+    title = f"{len(rows)} runs: {job.out.name}"
+    write_figure(curves.runs(sweep.numbers), job.out / FIGURE, title)  # the merit against cost: a point for each run
     return sweep
 
 
@@ -244,16 +244,6 @@ def _target(results: Mapping[str, Any]) -> str:
         return "-"
     missed = is_missed(Target(**tuning["target"]), results)
     return "-" if missed is None else "missed" if missed else "kept"
-
-
-def _draw(sweep: Sweep, path: Path) -> None:
-    """Accuracy, or without labels fidelity, against cost: a point for each run."""
-    title = f"{len(sweep.rows)} runs: {sweep.folder.name}"
-    write(
-        title,
-        [Part("figure", title, figures={"runs": curves.runs(sweep.numbers)})],
-        path,
-    )
 
 
 def read_sweep(folder: Path) -> Sweep:

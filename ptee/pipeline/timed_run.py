@@ -23,7 +23,6 @@ from ptee.pipeline.saved_run import load_run, open_run, usual_threads
 from ptee.timing.exported_bench import ExportedBench, bench_exported
 from ptee.timing.measure import measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
-from ptee.timing.settings import checked_sizes
 from ptee.timing.times import save_times
 
 
@@ -60,7 +59,6 @@ def bench_saved(
     if save and not Path(run).is_dir():
         advice = meant(Path(run)) or " Times are written into a run, so give one on this disk."
         raise RunError(f"There is no folder {run}.{advice}")
-    checked_sizes(batch_sizes)
     model, images, note = _with_images(run, batch_sizes, weights, device, where)
     model.to(device)
     with devices.threads(threads or usual_threads(model)):
@@ -99,7 +97,6 @@ def bench_exported_folder(
     Raises:
         PteeError: if the folder or the images cannot be used.
     """
-    checked_sizes(batch_sizes)
     for name, value in {"data_root": data_root, "classes": classes}.items():
         if value is not None and data is None:
             raise DataError(

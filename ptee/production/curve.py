@@ -147,7 +147,10 @@ class Wish(FrozenConfig):
 
 
 def best_within(curve: Curve, wish: Wish) -> Point:
-    """The point that loses least within a cost or time, or is cheapest within a drop."""
+    """The point that loses least within a cost or time, or is cheapest within a drop.
+
+    Of points that lose as much, one has more of the backbone's answers: who is cautious says of several that they lose as much.
+    """
     name, limit = wish.only()
     limited = name.removeprefix("max_")
     values = {point: getattr(point, limited) for point in curve.points}
@@ -162,8 +165,8 @@ def best_within(curve: Curve, wish: Wish) -> Point:
             Argument(name, enough), " or more.", argument=name, value=limit,
         )  # fmt: skip
     if "drop" in name:
-        return min(within, key=lambda point: (point.price, point.lost))
-    return min(within, key=lambda point: (point.lost, point.price))
+        return min(within, key=lambda point: (point.price, point.lost, point.fidelity_drop))
+    return min(within, key=lambda point: (point.lost, point.fidelity_drop, point.price))
 
 
 def _not_there(name: str, limit: float) -> PteeError:

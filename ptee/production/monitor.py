@@ -21,6 +21,7 @@ from ptee._common.errors import Argument, PteeError, first_line, warn
 from ptee._common.process import Lock
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.exits.blend import OWN
+from ptee.exits.config import NEVER
 from ptee.production.monitor_state import read_state
 from ptee.production.prometheus import prometheus_text
 from ptee.production.promise_test import Bet, PromiseTest
@@ -28,7 +29,6 @@ from ptee.production.settings import in_force
 
 AUDIT, CONFIDENCE = 0.05, 0.95
 NEVER_LEAVE = "never_leave"
-NEVER = 2.0  # a threshold that no confidence reaches
 AT_ONCE = 32  # images of an audit that the backbone answers at once, so that its memory stays small
 FARTHEST = 1e15  # images until the next audit, at most
 COUNTED = 3  # for each exit: rows, cost, confidence
@@ -112,7 +112,7 @@ class Monitor:
 
     # -------------------------------------------------------------------------------------------- watching
 
-    def watch(self, x: Tensor, *, audited: bool = True, at_once: int = AT_ONCE) -> Callable[[A], A]:
+    def watch(self, x: Tensor, *, audited: bool, at_once: int) -> Callable[[A], A]:
         """Draw the images (b, c, h, w) to audit before they are answered. What is returned looks at the answers and gives them back.
 
         Args:

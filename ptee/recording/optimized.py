@@ -23,7 +23,7 @@ from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
 from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.segments import segments
-from ptee.exits.config import NEVER
+from ptee.exits.config import NEVER, with_off
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitOutput, require_eval
 from ptee.model.images import is_plain, wrong_size, wrong_type
@@ -141,10 +141,10 @@ class OptimizedModel(nn.Module):
                 mark()
 
     def _predict(self, x: Tensor, threshold: Thresholds | None, mark: Callable[[], None] | None) -> ExitOutput:
-        rows, off = x.shape[0], self.model.off
+        rows = x.shape[0]
         given = self.model.thresholds_of_call(threshold, rows)
         # The head of an exit that is off runs where a later one reads its answer.
-        thresholds = [NEVER if n in off else t for n, t in enumerate(given)]
+        thresholds = with_off(given, self.model.off)
         with self._lock, _as_recorded(x):
             if rows <= self.max_batch:
                 return self._up_to_date(x, thresholds, mark)

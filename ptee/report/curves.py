@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
+from ptee._common.text import describe_thresholds
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.report.facts import Step
 from ptee.report.style import COLOURS, DASHES, NEUTRAL, figure, mark, text
-from ptee.tuning.config import describe_thresholds
 
 SYMBOLS = {"cascade": "square", "static": "diamond", "truncation": "x", "oracle": "hexagram-open"}
 OF_ADAPTIVE = ("circle", "circle-open", "triangle-up", "triangle-down", "pentagon", "hexagon", "bowtie", "hourglass")
@@ -17,12 +17,7 @@ ACCURACY, FIDELITY = "accuracy", "fidelity"
 Command = Callable[[Line, Entry], str]  # what to type for an entry of a line; empty if there is nothing
 
 
-def nothing_to_type(line: Line, entry: Entry) -> str:
-    """There is no command for this."""
-    return ""
-
-
-def curve(comparison: Comparison, measure: str = ACCURACY, command: Command = nothing_to_type) -> Any:
+def curve(comparison: Comparison, measure: str = ACCURACY, command: Command = lambda line, entry: "") -> Any:
     """Accuracy (without labels: fidelity) or fidelity against cost on the report images, a curve for each line."""
     measure = FIDELITY if comparison.accuracy is None else measure
     bare = 1.0 if measure == FIDELITY or comparison.accuracy is None else comparison.accuracy

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptee.evaluation.metrics import BINS
 from ptee.evaluation.results_table import BLENDED_END
-from ptee.exits.config import NEVER
+from ptee.exits.config import with_off
 from ptee.tuning.traces import Traces
 
 STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves
@@ -50,7 +50,7 @@ class Step:
 
 def step(traces: Traces, thresholds: Sequence[float], off: Sequence[int], t: float | None = None) -> Step:
     """What these thresholds (E,) give while some exits are off."""
-    kept = [NEVER if n in off else value for n, value in enumerate(thresholds)]
+    kept = with_off(thresholds, off)
     traces = traces.by(kept)
     leaving = traces.leaving(kept)
     score, right = traces.score(leaving, off), traces.right.gather(0, leaving[None])[0]

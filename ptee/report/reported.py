@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptee.evaluation.comparison_table import Comparison
+from ptee.exits.config import with_off
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
@@ -72,6 +73,4 @@ class Reported:
     def leaving(self) -> Any:
         """(n,) the exit at which each image leaves at the run's own thresholds."""
         assert self.traces is not None
-        return self.traces.leaving(
-            [facts.NEVER if n in self.model.off else t for n, t in enumerate(self.model.threshold)]
-        )
+        return self.traces.leaving(with_off(self.model.threshold, self.model.off))

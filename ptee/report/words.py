@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
-from ptee._common.text import number_of, quoted, threshold_words
-from ptee.evaluation.comparison_table import ROUNDING
+from ptee._common.text import describe_thresholds, number_of, printable, quoted, threshold_words
+from ptee.evaluation.bottom_line import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
+from ptee.model.card import other_settings
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.report.reported import Reported
-from ptee.tuning.config import describe_thresholds
 from ptee.tuning.tune import interval_words
 
 Rows = list[tuple[str, ...]]
@@ -92,6 +92,8 @@ def what_it_gives(of: Reported) -> Iterator[str]:
         yield _kept(of, own, target, n)
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
+        if others := other_settings(of.model, of.results):
+            yield f"{printable(others)} Read the images for its own: leave out --recorded."
 
 
 WISHES = {  # by kind of target: what was asked for, and what was found

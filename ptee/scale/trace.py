@@ -26,7 +26,7 @@ from ptee.evaluation.class_order import choose_class_order, labels_as_recorded
 from ptee.model.early_exit import EarlyExitModel
 from ptee.scale import local, ray_engine
 from ptee.scale.worker import Job, open_model
-from ptee.tuning.trace_folder import TraceFolder, open_traces
+from ptee.tuning.trace_folder import TraceFolder, open_traces, recorded_confidence
 
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
 LABELS_STAND = {
@@ -163,7 +163,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
         "exits": [e.name for e in model.exits],
         "classes": model.num_classes,
         "input": plain(model.origin.input),
-        "confidence": {"name": model.confidence} | (plain(model.calibrated) if model.calibrated is not None else {}),
+        "confidence": recorded_confidence(model),
     }
 
 

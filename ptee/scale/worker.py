@@ -19,7 +19,7 @@ from ptee.data.parts import arrow
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import Sample
 from ptee.exits.confidence import first_exit
-from ptee.exits.config import NEVER
+from ptee.exits.config import with_off
 from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
 
@@ -106,7 +106,7 @@ class Worker:
     def _answers(self, images: Tensor) -> dict[str, Tensor]:
         """(b, width) each, the exit axis first inside the width. Answers are the exits' own, not blended."""
         every = self.model.all_exits(self.model.prepared(images))
-        thresholds = [NEVER if n in self.model.off else t for n, t in enumerate(self.model.threshold)]
+        thresholds = with_off(self.model.threshold, self.model.off)
         leaving = first_exit(every.confidence[:-1], thresholds)
         found = {
             "exit": leaving.to(torch.int16)[:, None],

@@ -24,7 +24,7 @@ from ptee.serving.engine import BusyError
 from ptee.serving.metrics import Metrics
 from ptee.serving.pieces import About
 from ptee.serving.queues import Answer
-from ptee.serving.uploads import Limits, UploadError, images_of, is_large, kind_of, read_thresholds, refused
+from ptee.serving.uploads import JSON, Limits, UploadError, images_of, is_large, kind_of, read_thresholds, refused
 
 THRESHOLD_HEADER = "x-ptee-threshold"
 QUERY = ("threshold", "logits")
@@ -59,7 +59,7 @@ class Backend(Protocol):
     about: About
     metrics: Metrics
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Raise a BusyError if there is no room for so many more."""
 
     async def answer(self, images: np.ndarray, threshold: np.ndarray | None) -> Sequence[Answer]:
@@ -222,9 +222,9 @@ class _Served:
         self._require_token(request)
         if request.query_params:
             raise refused(400, "Settings come in the body, as JSON, and not in the query.")
-        kind = request.headers.get("content-type", JSON_TYPE).partition(";")[0].strip().lower()
-        if kind != JSON_TYPE:
-            raise refused(415, f"Settings come as JSON, not as {kind!r:.60}. Send Content-Type: {JSON_TYPE}.")
+        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if kind != JSON:
+            raise refused(415, f"Settings come as JSON, not as {kind!r:.60}. Send Content-Type: {JSON}.")
         async with self._body(request) as body:
             try:
                 values = from_json(body.decode())
@@ -253,9 +253,6 @@ class _Served:
     async def metrics(self, _: Request) -> Response:
         """The counters, for Prometheus."""
         return PlainTextResponse(self.backend.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-JSON_TYPE = "application/json"
 
 
 def _require_known(request: Request) -> None:

@@ -30,7 +30,9 @@ class BusyError(PteeError):
         seconds: after which it is worth trying again.
     """
 
-    seconds: float = 1.0
+    def __init__(self, text: str, seconds: float = 1.0) -> None:
+        super().__init__(text)
+        self.seconds = seconds
 
 
 class Heard(Protocol):
@@ -108,20 +110,22 @@ class Engine:
             step = STEP * (SLOWEST if seconds > self._late * by_pace_s else SLOWEST - 1)
             self._late = min(max(LEAST, self._late + step), MOST)
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Refuse rows for which there is no room, or that would be answered later than is wished.
 
         Raises:
             BusyError: saying when to try again.
         """
         if self._closed:
-            raise _busy("The server is stopping. Try another one.", 1.0)
+            raise BusyError("The server is stopping. Try another one.")
         if self._inside + rows > self.policy.max_queue and self._inside:
-            raise _busy(
+            raise BusyError(
                 f"{self._inside} images wait, and there is room for {self.policy.max_queue}.", self.expected_s()
             )
         if self.policy.p99_s is not None and self._inside and (wait := self.expected_s()) > self.policy.p99_s:
-            raise _busy(f"An answer would take about {wait:.2f} s, and {self.policy.p99_s:g} s are wished for.", wait)
+            raise BusyError(
+                f"An answer would take about {wait:.2f} s, and {self.policy.p99_s:g} s are wished for.", wait
+            )
 
     def submit(self, images: np.ndarray, limits: np.ndarray | None, done: Done) -> None:
         """Answer images (b, c, h, w) float32. `done` gets the answers, or what went wrong, in another thread.
@@ -297,12 +301,6 @@ class Engine:
 def _tell(request: Request, found: list[Answer] | Exception) -> None:
     with suppress(RuntimeError):  # its event loop has ended: nobody waits
         request.done(found)
-
-
-def _busy(text: str, seconds: float) -> BusyError:
-    error = BusyError(text)
-    error.seconds = seconds
-    return error
 
 
 def largest_probability(logits: np.ndarray) -> np.ndarray:

@@ -50,6 +50,12 @@ class Batching:
     rebatch: bool = True
     workers: int = 1
 
+    @property
+    def max_wait_s(self) -> float:
+        """How long a row may wait behind an exit for others, in seconds."""
+        wait_ms = (self.p99_ms or 100) / 4 if self.max_wait_ms is None else self.max_wait_ms
+        return wait_ms / 1000 if self.rebatch else 0.0
+
 
 class LocalServer:
     """Answers images in this process, in Python or over HTTP (`app_of`).
@@ -88,11 +94,7 @@ class LocalServer:
         how = self._how
         pieces = pieces_of_runner(model) if self._exported else pieces_of_model(model)
         times = measure(pieces, min(how.max_batch, how.max_queue))
-        wait_ms = (how.p99_ms or 100) / 4 if how.max_wait_ms is None else how.max_wait_ms
-        policy = policy_of(
-            times, max_wait_ms=wait_ms, p99_ms=how.p99_ms, max_queue=how.max_queue, rebatch=how.rebatch
-        )  # fmt: skip
-        return pieces, policy
+        return pieces, policy_of(times, max_wait_s=how.max_wait_s, p99_ms=how.p99_ms, max_queue=how.max_queue)
 
     def _watched(self) -> tuple[Callable[[], bool | None] | None, Callable[[], str]]:
         """Of the model's monitor: whether it has raised an alarm, which nobody knows while nothing is tested, and its page."""
@@ -109,7 +111,7 @@ class LocalServer:
 
     # -------------------------------------------------------------------------------------------- as of `Backend`
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Raise a BusyError if there is no room for so many more."""
         self._engine.require_room(rows)
 
@@ -193,7 +195,7 @@ def reserved(host: str, port: int) -> socket.socket:
     return found
 
 
-def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, grace_s: float = 0.0) -> None:
+def run_http(app: Any, where: socket.socket, started: Callable[[], object], *, grace_s: float) -> None:
     """Serve until SIGTERM or Ctrl-C. What was sent until then is answered.
 
     For `grace_s` seconds the server still takes requests, says that it is not ready, and closes each connection behind an

@@ -78,23 +78,21 @@ def _seconds(call: Callable[[], Sequence[Array]]) -> float:
 
 
 def policy_of(
-    seconds: Sequence[dict[int, float]], *, max_wait_ms: float, p99_ms: float | None, max_queue: int, rebatch: bool
+    seconds: Sequence[dict[int, float]], *, max_wait_s: float, p99_ms: float | None, max_queue: int
 ) -> Policy:
     """What follows from the times of batches.
 
     Args:
         seconds: as of `measure`.
-        max_wait_ms: how long a row may wait behind an exit for others.
+        max_wait_s: how long a row may wait behind an exit for others.
         p99_ms: the wish for the slowest answers. Batches are made so small that a row is through in half of it.
         max_queue: rows that may be there at once.
-        rebatch: collect rows for the later pieces where it pays.
     """
     sizes = [_enough(times) for times in seconds]
     while p99_ms is not None and max(sizes) > 1 and _way(seconds, sizes) > p99_ms / 2000:
         longest = max((n for n, size in enumerate(sizes) if size > 1), key=lambda n: seconds[n][sizes[n]])
         sizes[longest] //= 2
-    wait_s = max_wait_ms / 1000 if rebatch else 0.0
-    return Policy(tuple(seconds), tuple(sizes), wait_s, None if p99_ms is None else p99_ms / 1000, max_queue)
+    return Policy(tuple(seconds), tuple(sizes), max_wait_s, None if p99_ms is None else p99_ms / 1000, max_queue)
 
 
 def _enough(times: dict[int, float]) -> int:

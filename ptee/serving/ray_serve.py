@@ -69,9 +69,8 @@ class Piece:
         self._step, self._next, self._most = self._pieces.steps[n], behind, source.max_batch
         self._first, self._where = n == 0, IMAGES if n == 0 else self._pieces.steps[n - 1].rows
         self._like = self._pieces.given(np.zeros((1, *self._pieces.about.input_size), dtype=np.float32))
-        size = policy_of(
-            measure(self._pieces, source.max_batch), max_wait_ms=0, p99_ms=None, max_queue=source.max_queue, rebatch=True
-        ).sizes[n]  # fmt: skip
+        times = measure(self._pieces, source.max_batch)
+        size = policy_of(times, max_wait_s=source.max_wait_s, p99_ms=None, max_queue=source.max_queue).sizes[n]
         together: Any = self._together  # `serve.batch` gives it more methods than it says
         together.set_max_batch_size(size)
         together.set_batch_wait_timeout_s(FIRST_WAIT_S if n == 0 else source.max_wait_s if size > 1 else 0.0)
@@ -189,7 +188,7 @@ class RayBackend:
     """
 
     def __init__(
-        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None = None,
+        self, first: Any, about: About, threshold: list[float], fixed: dict[str, Any], max_queue: int, p99_s: float | None,
         *, kept: Any = None,
     ) -> None:  # fmt: skip
         self._first, self._kept, self.about, self.max_queue, self.p99_s = first, kept, about, max_queue, p99_s
@@ -198,15 +197,13 @@ class RayBackend:
         self.inside, self.closing = 0, False
         self._row_s, self._last = 0.01, time.monotonic()
 
-    def require_room(self, rows: int = 1) -> None:
+    def require_room(self, rows: int) -> None:
         """Raise a BusyError if there is no room for more."""
         wait = self.inside * self._row_s
         full = self.inside and self.inside + rows > self.max_queue
         late = self.inside and self.p99_s is not None and wait > self.p99_s
         if self.closing or full or late:
-            error = BusyError("The server is stopping." if self.closing else f"{self.inside} images wait.")
-            error.seconds = wait
-            raise error
+            raise BusyError("The server is stopping." if self.closing else f"{self.inside} images wait.", wait)
 
     async def answer(self, images: np.ndarray, threshold: np.ndarray | None = None) -> Sequence[Answer]:
         """The answers to images (b, c, h, w) float32, with thresholds (b, E) or those in force."""

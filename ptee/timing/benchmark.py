@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
-from ptee._common.errors import Argument, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.text import table
 from ptee.analysis.freezing import hooked, sparing
@@ -24,6 +23,7 @@ from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import StopForward
+from ptee.timing.settings import checked_sizes, leaving_at_first
 from ptee.timing.times import in_threads
 
 MAX_SECONDS = 120  # for one batch size; after that no further round begins
@@ -89,21 +89,14 @@ def _cells(case: Case) -> tuple[str, ...]:
 def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds: int = 7) -> Bench:
     """Time a model beside its bare backbone if no image leaves, if half leave at exit 0, and if all leave there."""
     require_early_exit(model)
-    for b in batch_sizes:
-        if b < 1:
-            raise PteeError(
-                f"A batch of {b} images cannot be timed. Give sizes of 1 or more, such as ", Argument("batch_sizes", "[1, 32]"), ".",
-                argument="batch_sizes", value=batch_sizes,
-            )  # fmt: skip
+    checked_sizes(batch_sizes)
     cases = [case for b in with_bar(batch_sizes, "measuring sizes of batches") for case in _cases(model, b, rounds)]
     device = next(model.heads.parameters()).device
     return Bench(model.plan.backbone, device.type, torch.get_num_threads(), len(model.exits), tuple(cases))
 
 
 def _cases(model: EarlyExitModel, b: int, rounds: int) -> list[Case]:
-    ways = {"nobody": 0, "half at exit 0": b // 2, "all at exit 0": b}
-    if b < 2:
-        del ways["half at exit 0"]
+    ways = leaving_at_first(b)
     times = _times(model, b, ways, rounds)
     limits = {"all at exit 0": times["to exit 0"]}
     if b >= 2:  # all run to exit 0, and those that stay run on

@@ -19,7 +19,8 @@ from ptee.deploy.runner import Array, Runner
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
 from ptee.timing.laps import MAX_SECONDS, in_turns
-from ptee.timing.run_bench import OWN_THRESHOLDS, SIZES, leaving_at_first, some_batches, timed, too_few, with_each
+from ptee.timing.run_bench import OWN_THRESHOLDS, SIZES, some_batches, timed, too_few, with_each
+from ptee.timing.settings import leaving_at_first
 from ptee.timing.times import between, device_name, in_threads, sizes_to_measure
 
 NOBODY = "nobody"

@@ -23,7 +23,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.timing.energy import energy_meter, joules_of
 from ptee.timing.laps import repeats_for
 from ptee.timing.measure import all_on, bare_by, in_pieces
-from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX
+from ptee.timing.settings import COMPILE, GRAPHS, HOOKS, ONNX, leaving_at_first
 from ptee.timing.times import Times, in_threads
 
 BARE, OWN_THRESHOLDS = "bare backbone", "own thresholds"
@@ -222,12 +222,6 @@ def _ways(model: EarlyExitModel, b: int) -> dict[str, Tensor]:
         ways[words] = torch.full((b, len(model.exits)), NEVER, dtype=torch.float64, device="cpu")
         ways[words][:leaving, 0] = ALWAYS
     return ways
-
-
-def leaving_at_first(b: int) -> dict[str, int]:
-    """How many rows leave at exit 0."""
-    some = {"half at exit 0": b // 2} if b > 1 else {}
-    return {"nobody": 0, **some, "all at exit 0": b}
 
 
 def with_each(model: Any, batches: Sequence[Any]) -> None:

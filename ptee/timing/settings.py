@@ -34,6 +34,12 @@ def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
     return list(batch_sizes)
 
 
+def leaving_at_first(b: int) -> dict[str, int]:
+    """How many images of a batch leave at exit 0 in each line of a table."""
+    some = {"half at exit 0": b // 2} if b > 1 else {}
+    return {"nobody": 0, **some, "all at exit 0": b}
+
+
 def require_kept_times(folder: Path) -> Path:
     """The file of the times that a run keeps."""
     settle(folder)

@@ -207,9 +207,7 @@ def read_times(folder: Path) -> Times:
     return read_record(Times, require_kept_times(folder), LARGEST_FILE, SCHEMA, with_run(AGAIN, folder))[0]
 
 
-def times_for(
-    folder: Path, model: EarlyExitModel, device: torch.device, batch: int, executor: str = AUTO
-) -> BatchTimes:
+def times_for(folder: Path, model: EarlyExitModel, device: torch.device, batch: int, executor: str) -> BatchTimes:
     """The times that a run keeps, for batches of one size."""
     times = read_times(folder)
     with about_run(folder):

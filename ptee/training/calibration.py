@@ -222,7 +222,7 @@ def _positives(outputs: _Outputs, target: str) -> Tensor:
         return outputs.answers[:-1] == outputs.answers[-1]
     if outputs.labels is None:
         text = f"The target {target!r} needs labels: {outputs.fault}. Without them give "
-        raise DataError(text, Argument("target", "'agrees'"), ".")
+        raise DataError(text, Argument.text("target", "agrees"), ".")
     right = outputs.answers == outputs.labels
     if target == "right":
         return right[:-1]

@@ -37,7 +37,7 @@ BACKBONE_WORDS = (
 LR = {"muon": 0.01, "adam": 0.001, "adamw": 0.001}
 WEIGHT_DECAY = {"muon": 0.05, "adam": 0.0, "adamw": 0.0}
 # Settings that the data do not change: the recipe has their final values.
-TELLING = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
+SETTLED = ("loss", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "patience", "order", "seed")
 
 
 def _lower(name: Any) -> Any:
@@ -199,8 +199,8 @@ class TrainingConfig(FrozenConfig):
             return
         if self.loss == SEPARATE:
             text = " needs a loss in which the backbone's own answer counts. Give "
-            possible = Argument("loss", "'joint_each_exit'"), " or ", Argument("loss", f"'{WEIGHTED}'")
-            raise PteeError(Argument("backbone", repr(JOINT)), text, *possible, ".", argument="backbone", value=JOINT)
+            possible = Argument.text("loss", "joint_each_exit"), " or ", Argument.text("loss", WEIGHTED)
+            raise PteeError(Argument.text("backbone", JOINT), text, *possible, ".", argument="backbone", value=JOINT)
         if self.resolved_targets != "labels":  # else it would learn its own answers
             raise _clash("backbone", JOINT, "needs targets='labels'", f"targets={self.targets!r}")
 

@@ -163,11 +163,7 @@ class Cache(Dataset[Entry]):
                 "Free some, set TMPDIR to another disk, or run"
             ) from why
 
-    def put(self, start: int, reading: Reading, labels: Tensor | None) -> None:
-        """Write a batch, from this row on."""
-        self.put_rows(slice(start, start + len(reading.logits)), reading, labels)
-
-    def put_rows(self, rows: slice | Tensor, reading: Reading, labels: Tensor | None) -> None:
+    def put(self, rows: slice | Tensor, reading: Reading, labels: Tensor | None) -> None:
         """Write a batch into these rows."""
         for to, tensor in zip(self._tensors, (*reading.inputs, reading.logits), strict=True):
             to[rows] = tensor.to(to.dtype)
@@ -201,7 +197,7 @@ class Cache(Dataset[Entry]):
         other.views = views
         return other
 
-    def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None = None) -> DataLoader[Entry]:
+    def loader(self, batch_size: int, shuffle: bool, generator: torch.Generator | None) -> DataLoader[Entry]:
         """Batches in the order of `batches`."""
         sampler = RandomSampler(self, generator=generator) if shuffle else SequentialSampler(self)
         whole = BatchSampler(sampler, batch_size, drop_last=False)
@@ -248,7 +244,7 @@ def fill(
             if callback is not None:
                 with tqdm.external_write_mode():  # or it would be printed behind the bar
                     callback(cache.estimate)
-        cache.put(start, reading, labels)
+        cache.put(slice(start, start + len(images)), reading, labels)
         start += len(images)
         if views and read.changes:
             raise changing_images()
@@ -315,7 +311,7 @@ class CacheFolder:
             inputs = (torch.from_numpy(x).view(-1, *s) for x, s in zip(made, shapes, strict=True))
             logits = torch.from_numpy(numbers(self.folder, group["logits"], about["classes"], np.float32))
             labels = torch.from_numpy(numbers(self.folder, group["label"], 0, np.int32)).long()
-            cache.put_rows(rows, Reading(tuple(inputs), logits), labels)
+            cache.put(rows, Reading(tuple(inputs), logits), labels)
             start += len(group)
         return cache
 

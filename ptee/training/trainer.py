@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ptee._common.text import number_of
 from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
+from ptee.backbones.weights import tensor_hashes
 from ptee.data.batches import batches, is_loader, odd_labels
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
@@ -145,7 +147,9 @@ def run_training(
         run = _Training(model, accelerator, config, training, checkpoint, beside)
         if resume:
             run.resume()
-        return run.fit(loaders, train_data, val_data, on_epoch)
+        history = run.fit(loaders, train_data, val_data, on_epoch)
+    model.origin = replace(model.origin, learned_from=tensor_hashes(model.backbone))
+    return history
 
 
 def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: Any) -> TrainingConfig:
@@ -302,7 +306,7 @@ class _Training:
         steps = length_hint(loader, 0)
         if not steps:
             text = "The cosine schedule needs the number of batches, and this loader has no length. Give "
-            raise DataError(text, Argument("schedule", "'constant'"), ".", argument="schedule", value="cosine")
+            raise DataError(text, Argument.text("schedule", "constant"), ".", argument="schedule", value="cosine")
         done = len(self.history.epochs) - self.stage * self.epochs_each
         return done * steps, self.epochs_each * steps
 
@@ -384,7 +388,7 @@ class _Training:
             raise DataError(f"The data cannot be learnt from: {fault}. A backbone that learns needs labels.")
         if self.config.targets == "labels":
             text = f"The data cannot be learnt from: {fault}. Let the heads learn the backbone's answers: "
-            raise DataError(text, Argument("targets", "'pseudo'"), ".", argument="targets", value="labels")
+            raise DataError(text, Argument.text("targets", "pseudo"), ".", argument="targets", value="labels")
         return None
 
     def _share_statistics(self) -> None:

@@ -60,7 +60,7 @@ class TrainingData:
     """The batches of a training with a resolved config. `on_cache` is called with the size of the training images' cache."""
 
     def __init__(
-        self, model: EarlyExitModel, accelerator: Any, config: TrainingConfig, num_workers: int, on_cache: Any = None
+        self, model: EarlyExitModel, accelerator: Any, config: TrainingConfig, num_workers: int, on_cache: Any
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
         self.num_workers, self.on_cache = num_workers, on_cache

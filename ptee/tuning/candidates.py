@@ -62,7 +62,7 @@ def _require_blendable(traces: Traces) -> None:
         text = f" cannot be given: the confidence {traces.confidence_name!r} needs the exits' own answers. Set another, or give "
     else:
         return
-    raise PteeError(Argument("answers", "'blended'"), text, Argument("answers", "'own'"), ".", argument="answers")
+    raise PteeError(Argument.text("answers", "blended"), text, Argument.text("answers", "own"), ".", argument="answers")
 
 
 def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list[Candidate]:

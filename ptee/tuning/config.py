@@ -110,7 +110,7 @@ class ThresholdsConfig(FrozenConfig):
         names = {name.rpartition(".")[2] for name in given}
         for name in ("at_batch", "executor") if self.cost != TIME else ():
             if name in names:
-                wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument("cost", repr(TIME))
+                wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument.text("cost", TIME)
                 text = " is about costs in seconds, which do not count here. Give "
                 raise PteeError(
                     wrong, text, instead, ", too, or leave it out.", argument=name, value=getattr(self, name)
@@ -180,8 +180,8 @@ class ThresholdsConfig(FrozenConfig):
                 raise PteeError(*parts, argument=name, value=value)
         return self
 
-    def target(self, labelled: bool) -> tuple[str, float] | None:
-        """What thresholds are chosen for: its name and its limit; None where they are given.
+    def target(self, labelled: bool) -> Target | None:
+        """What thresholds are chosen for; None where they are given.
 
         Args:
             labelled: the images have labels that are classes of the backbone.
@@ -190,9 +190,9 @@ class ThresholdsConfig(FrozenConfig):
             return None
         for name in TARGETS[1:]:
             if (limit := getattr(self, name)) is not None:
-                return name, limit
+                return Target(name, limit)
         loss = DEFAULT_LOSS if self.max_loss is None else self.max_loss
-        return ("max_drop" if labelled else "max_fidelity_drop"), loss
+        return Target("max_drop" if labelled else "max_fidelity_drop", loss)
 
 
 class DropsConfig(FrozenConfig):
@@ -213,12 +213,6 @@ class Target:
 
     kind: str
     limit: float
-
-    @classmethod
-    def of(cls, config: ThresholdsConfig, labelled: bool) -> Target | None:
-        """The target of a recipe; None if its thresholds are given. `labelled`: labels are classes of the backbone."""
-        found = config.target(labelled)
-        return None if found is None else cls(*found)
 
     @classmethod
     def given(cls, config: ThresholdsConfig) -> Target:

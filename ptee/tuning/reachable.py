@@ -53,7 +53,7 @@ def require_right(target: Target, traces: Traces, num_classes: int) -> None:
         )  # fmt: skip
 
 
-def require_reachable(target: Target, least: float, margin: Margin = 0.0) -> None:
+def require_reachable(target: Target, least: float, margin: Margin) -> None:
     """Refuse a limit on the cost that is lower than the least cost, which is that of leaving at the cheapest exit alone."""
     reserve = 0.0 if isinstance(margin, str) else margin
     possible = min(least, 1.0)  # with all exits off

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ptee._common.text import number_of
+from ptee._common.text import describe_thresholds, number_of
 from ptee.exits.blend import Blend, Exits
 from ptee.production.few_images import too_few, too_few_for_cost
-from ptee.tuning.config import Promise, Target, below, describe_thresholds
+from ptee.tuning.config import Promise, Target, below
 from ptee.tuning.traces import Score, Traces
 
 RISKY = (

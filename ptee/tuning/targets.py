@@ -311,7 +311,7 @@ def curves(
     thresholds for a smaller drop cost less. Then those are taken.
     """
     limited = "max_fidelity_drop" if traces.targets is None else "max_drop"
-    targets = [Target.given(ThresholdsConfig(**{limited: drop})) for drop in drops]
+    targets = [Target(limited, drop) for drop in drops]
     candidates = [found for kind in kinds for found in ways_to_answer(traces, targets[0].kind, kind)]
     found: dict[str, dict[Target, Solution]] = {kind: {} for kind in kinds}
     for target in sorted(targets, key=lambda target: target.limit):

@@ -28,7 +28,7 @@ from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
 from ptee.exits.config import BLENDED
 from ptee.model.early_exit import EarlyExitModel
-from ptee.tuning.traces import MANY_CLASSES, Traces, as_answered
+from ptee.tuning.traces import MANY_CLASSES, Traces, as_answered, costs_of
 
 LIMIT = 4 * 2**30  # bytes of logits that are read into memory
 LEAST = 1e-30  # a probability that has no logarithm is taken for this one
@@ -109,7 +109,7 @@ class TraceFolder(RecordedTraces):
         which = self._folder_of(model)
         manifest, folder = self.manifests[which], self.folders[which]
         E, K, n = len(model.exits), model.num_classes, len(self)
-        again = _confidence(model) != manifest.about["confidence"]
+        again = recorded_confidence(model) != manifest.about["confidence"]
         blended = model.answers == BLENDED and not own
         with_logits = logits or again or blended
         wanted: dict[str, tuple[int, Any]] = {
@@ -139,15 +139,13 @@ class TraceFolder(RecordedTraces):
             found["answers"].long().T.contiguous(),
             torch.cat([found["confidence"].T, torch.ones(1, n, dtype=torch.float32, device="cpu")]),
             None if fault is not None else targets,
-            torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"),
-            torch.zeros(0, *model.plan.input_size, dtype=torch.float32, device="cpu"),
+            sample=torch.zeros(0, *model.plan.input_size, dtype=torch.float32, device="cpu"),
             logits=z,
             note=fault or "",
-            head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
-            builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
             confidence_logits=found["confidence_logits"].T.contiguous(),
             confidence_name=LEARNED if again else model.confidence,
             calibrated=model.calibrated,
+            **costs_of(model),
         )
         if again:  # the model has another confidence now than when its answers were recorded
             traces = replace(traces, confidence_name="").under(model.confidence)
@@ -239,7 +237,7 @@ def open_traces(*folders: str | Path) -> TraceFolder:
     return TraceFolder(paths, tuple(manifests))
 
 
-def _confidence(model: EarlyExitModel) -> dict[str, Any]:
+def recorded_confidence(model: EarlyExitModel) -> dict[str, Any]:
     """What a manifest says of a model's confidence."""
     return {"name": model.confidence} | (plain(model.calibrated) if model.calibrated is not None else {})
 

@@ -20,7 +20,16 @@ from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.data.batches import UNKNOWN_LABEL, batches, is_loader, labels_of_other_classes, own_generator, split_batch
+from ptee.analysis.freezing import running_on
+from ptee.data.batches import (
+    UNKNOWN_LABEL,
+    batches,
+    is_loader,
+    labels_of_other_classes,
+    marks_of,
+    own_generator,
+    split_batch,
+)
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
@@ -53,6 +62,7 @@ class Traces:
         calibrated: the model's, or None.
         own: (E+1, n) classes that each exit answers by itself, if `answers` are blended; else None.
         times: of the pieces, if thresholds are to be chosen by seconds; else None.
+        marks: (n,) int64, by which images are known again; None of recorded traces.
     """
 
     answers: Tensor
@@ -69,6 +79,7 @@ class Traces:
     calibrated: Calibrated | None = None
     own: Tensor | None = None
     times: BatchTimes | None = None
+    marks: Tensor | None = None
 
     @property
     def exits(self) -> int:
@@ -114,6 +125,7 @@ class Traces:
             targets=None if self.targets is None else self.targets[which],
             logits=None if self.logits is None else self.logits[:, which],
             confidence_logits=None if self.confidence_logits is None else self.confidence_logits[:, which],
+            marks=None if self.marks is None else self.marks[which],
         )
 
     def under(self, name: str) -> Traces:
@@ -286,21 +298,18 @@ def record(
         data_of, rows = known
         found: Traces = data_of.traces(model, rows=rows, logits=logits, own=own)
         return found
-    home, was_training = next(model.heads.parameters()).device, model.training
     parts: list[Traces] = []
     unanswered: list[Tensor] = []
     random = own_generator()
     loader = batches(data, batch_size=batch_size, shuffle=False, generator=random, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
-    try:
-        model.to(home if device is None else resolve_device(device)).eval()
+    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
+    with running_on(place, model):
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
             part, unanswered_here = _record_batch(model, images, labels, kept, own)
             unanswered.append(unanswered_here)
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
-    finally:
-        model.to(home).train(was_training)
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
     _require_answers(torch.cat(unanswered), data)
@@ -372,26 +381,33 @@ def _record_batch(
     """The traces of a batch, and (b,) bool for which images the backbone has no answer."""
     ready = model.prepared(images)
     # now, as a network may write into its images; a slice alone would keep the whole batch
-    sample = images[:kept].to("cpu", ready.dtype, copy=True)
+    sample, marks = images[:kept].to("cpu", ready.dtype, copy=True), marks_of(images)
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
-    costs = model.plan.switched_off(()).costs  # of all heads, whichever are off now
     found = Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
         labels,
-        torch.tensor(costs, dtype=torch.float64, device="cpu"),
-        sample,
+        sample=sample,
         logits=compact(own.logits).cpu(),
-        head_costs=torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
-        builds_on_previous=torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
         confidence_logits=every.confidence_logits.float().cpu(),
         confidence_name=model.confidence,
         calibrated=model.calibrated,
         own=None if every is own else own.logits.argmax(-1).cpu(),
+        marks=marks,
+        **costs_of(model),
     )
     return found, own.logits[-1].isnan().any(-1).cpu()
+
+
+def costs_of(model: EarlyExitModel) -> dict[str, Any]:
+    """The fields of `Traces` that say what a model costs: of all heads, whichever are off now."""
+    return {
+        "costs": torch.tensor(model.plan.switched_off(()).costs, dtype=torch.float64, device="cpu"),
+        "head_costs": torch.tensor([e.head_cost for e in model.exits], dtype=torch.float64, device="cpu"),
+        "builds_on_previous": torch.tensor([e.builds_on_previous for e in model.exits], device="cpu"),
+    }
 
 
 def compact(logits: Tensor) -> Tensor:
@@ -417,5 +433,6 @@ def _join(parts: list[Traces], classes: int) -> Traces:
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
         logits=torch.cat(logits, 1) if logits else None,
         confidence_logits=torch.cat(confidence_logits, 1) if confidence_logits else None,
+        marks=torch.cat([p.marks for p in parts if p.marks is not None]),
         note=fault and f"There is no accuracy for this data: {fault}.",
     )

@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
+from ptee.data.batches import number_among, sample_of_marks
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
@@ -84,9 +86,9 @@ def tune(
         answers=answers, confidence=confidence, each_exit=each_exit,
     )  # fmt: skip
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    found = _chosen(model, data, Target.given(config), config, times, trusted=False, **how)
+    found, marks = _chosen(model, data, Target.given(config), config, times, trusted=False, **how)
     images = f"Thresholds are chosen on {number_of(found.samples, 'image')} that ptee.tune was given in Python."
-    model.results = (model.results or {}) | {"tuning": {"images": images} | found.to_dict()}
+    model.results = (model.results or {}) | {"tuning": {"images": images, "marks": marks} | found.to_dict()}
     return found
 
 
@@ -99,8 +101,11 @@ def _chosen(
     *,
     trusted: bool,
     **how: Any,
-) -> Solution:
-    """`tune` for a target. The labels are `trusted`, or they are refused where the backbone is near chance under them."""
+) -> tuple[Solution, list[int]]:
+    """`tune` for a target, and the marks of a few of the images.
+
+    The labels are `trusted`, or they are refused where the backbone is near chance under them.
+    """
     known, kinds = recorded(data), str(config.answers)
     if kinds == "auto" and known is not None and not known[0].can_give_logits(model, known[1]):
         kinds = OWN
@@ -114,7 +119,7 @@ def _chosen(
         found = promised(traces, found, config.confidence, **how_sure)
     model.choose(found.threshold, found.off, found.blend)
     model.curve = operating_points(traces, found)
-    return found
+    return found, [] if traces.marks is None else sample_of_marks(traces.marks)
 
 
 def choose_thresholds(
@@ -144,9 +149,9 @@ def choose_thresholds(
     parts = parts_for_tuning(unseen)
     # before the backbone runs over them
     require_images(target, config.confidence, len(parts.calibration), each_exit=config.each_exit)
-    found = _chosen(model, parts.calibration, target, config, times, trusted=True, **how)
+    found, marks = _chosen(model, parts.calibration, target, config, times, trusted=True, **how)
     about = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
-    model.results = (model.results or {}) | {"tuning": about | found.to_dict()}
+    model.results = (model.results or {}) | {"tuning": about | {"marks": marks} | found.to_dict()}
     log(f"\n{parts.words}\n{found}")
     return parts.report, parts.words, found
 
@@ -168,6 +173,19 @@ def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None
         return None
     same = all(t == model.threshold[n] for n, t in enumerate(chosen) if n not in off)
     return {**target, "unit": str(tuning.get("unit") or "")} if same else None
+
+
+def chosen_on_these(model: EarlyExitModel, marks: Tensor | None) -> str:
+    """A sentence, if a model's thresholds were chosen on some of the images with these marks (n,), else none."""
+    tuning: Any = (model.results or {}).get("tuning")
+    if marks is None or target_in_force(tuning, model) is None:
+        return ""
+    sample = tuning.get("marks")
+    if not (here := number_among(marks, sample)):
+        return ""
+    all_are = here == len(sample) and tuning.get("samples") == len(marks)
+    some, found = ("", "") if all_are else ("some of ", f" ({here} of {len(sample)} that were looked for are here)")
+    return f"The thresholds were chosen on {some}these images{found}, so what is lost here is less than on new ones. Give images that nothing was chosen on."
 
 
 def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:

@@ -107,6 +107,6 @@ def test_what_one_process_does_is_refused_in_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(devices, "process_state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(PteeError, match="A sweep runs in one process, and 2 were started"):
-        require_one_process("A sweep")
+        require_one_process()
     monkeypatch.setattr(devices, "process_state", lambda: SimpleNamespace(num_processes=1))
-    require_one_process("A sweep")
+    require_one_process()

@@ -35,7 +35,7 @@ def test_examples_in_docstrings_are_right(module):
 
 
 def test_a_text_to_type_stands_in_quotes_in_python():
-    assert str(Argument.text("out", "my report.html")) == 'out="my report.html"'
+    assert str(Argument.text("out", "my report.html")) == "out='my report.html'"
     assert str(Argument.text("out", 'so "called"')) == """out='so "called"'"""
 
 

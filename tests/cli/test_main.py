@@ -176,6 +176,7 @@ def test_arguments_in_a_refusal_are_printed_as_options(run, plan_fails):
 
 
 NO_EPOCH = "Interrupted: no epoch of the exits was complete, so nothing was kept."
+COMPLETE = "Interrupted: what is in exported is complete."
 NOTHING_WRITTEN = "Interrupted: nothing was written. The same command begins again."
 BEGINS_AGAIN = "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
 
@@ -239,7 +240,7 @@ def test_ctrl_c_in_an_export_says_what_was_written(step, before, run, finished, 
     done = run("export", finished, "--out", "exported")
     written = (elsewhere / "exported" / "manifest.json").exists()
     assert written == (not before and step != "_require_same")
-    assert (done.status, done.err.splitlines()[-1]) == (130, "Interrupted." if written else NOTHING_WRITTEN)
+    assert (done.status, done.err.splitlines()[-1]) == (130, COMPLETE if written else NOTHING_WRITTEN)
 
 
 def test_of_an_error_in_a_process_that_loads_images_the_last_line_is_printed(run, plan_fails):

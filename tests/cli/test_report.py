@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,19 @@ def test_without_its_images_a_run_is_reported_by_what_it_recorded(run, finished)
     done = run("report", finished, "--recorded")
     assert (done.status, done.err) == (0, "")
     assert part_of("report.html") == {"network", "training", "made"}
+
+
+def test_recorded_numbers_that_are_of_other_thresholds_are_said_to_be(run, finished):
+    assert run("report", finished, "--recorded").status == 0
+    assert "other thresholds" not in Path("report.html").read_text()
+    config = read_json(finished, "config.json")
+    config["threshold"] = [0.25 for _ in config["threshold"]]
+    Path(finished, "config.json").write_text(json.dumps(config))
+    assert run("report", finished, "--recorded").status == 0
+    page = Path("report.html").read_text()
+    assert re.search(
+        r"measured with other thresholds \(.*\) than the model has now \(0\.25.*\), so they are not its own", page
+    )
 
 
 def half_written(folder: Path) -> None:

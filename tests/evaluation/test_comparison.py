@@ -10,7 +10,16 @@ import pytest
 import torch
 from device import seeded
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 import ptee
 from ptee._common.errors import PteeError
@@ -398,3 +407,13 @@ def test_neither_a_loader_nor_the_order_of_the_images_matters():
         for other in others:
             assert one.entries[0].drop == pytest.approx(other.entries[0].drop)
             assert one.entries[0].cost == pytest.approx(other.entries[0].cost)
+
+
+def test_report_images_that_are_calibration_images_too_are_told_of(recwarn):
+    both = ConcatDataset([Subset(images(1), range(30)), images(2)])
+    with pytest.warns(
+        UserWarning, match=r"^30 of the 110 report images are calibration images, too, so numbers are better"
+    ):
+        compare({"one": made(1)}, images(1), both, **OWN)
+    compare({"one": made(1)}, images(1), images(2), **OWN)
+    assert not any("calibration images, too" in str(warning.message) for warning in recwarn)

@@ -20,6 +20,7 @@ from device import seeded
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName
@@ -938,3 +939,36 @@ def test_a_run_on_this_disk_that_names_a_repository_does_not_go_online(named, mo
     edit(named[0], "backbone.source.name", "hf-hub:stranger/net")
     edit(named[0], "backbone.source.weights", {"pretrained": origin})
     assert "'hf-hub:stranger/net'" in refused(named[0], None)
+
+
+ACTS = {
+    "evaluate": lambda model, _: ptee.evaluate(model, TensorDataset(torch.randn(4, *SIZE)), speed=False),
+    "save": lambda model, folder: model.save_pretrained(folder),
+    "export": lambda model, folder: ptee.export(model, folder, mean=[0.5], std=[0.5]),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_weights_that_changed_after_the_heads_learned_are_told_of(act, folder, net, tmp_path, recwarn):
+    model = ptee.load(folder, backbone=net)
+    before = net.fc.bias.clone()
+    with torch.no_grad():
+        net.fc.bias += 5
+    with pytest.warns(
+        UserWarning, match=r"^The weights of Net are not those that its heads learned from: .*fc\.bias\."
+    ):
+        ACTS[act](model, tmp_path / "one")
+    with torch.no_grad():
+        net.fc.bias.copy_(before)
+    ACTS[act](model, tmp_path / "two")
+    assert not any("its heads learned from" in str(warning.message) for warning in recwarn)
+
+
+def test_heads_that_were_trained_on_weights_that_changed_fit_them(folder, net, tmp_path, recwarn):
+    model = ptee.load(folder, backbone=net)
+    with torch.no_grad():
+        net.fc.bias += 5
+    ptee.train(model, TensorDataset(torch.randn(8, *SIZE), torch.arange(8) % 4), epochs=1, batch_size=4)
+    model.save_pretrained(tmp_path / "again")
+    model.half().save_pretrained(tmp_path / "half")
+    assert not any("its heads learned from" in str(warning.message) for warning in recwarn)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ptee._common.errors import PteeError, UnknownName
 from ptee.pipeline.recipe import BUILT_IN, RECIPE_FILE, Recipe, make_recipe, path_of, read_setting, settings
+from ptee.tuning.config import Target
 
 each_built_in = pytest.mark.parametrize("name", list(BUILT_IN))
 
@@ -58,8 +59,8 @@ def test_the_default_recipe_places_three_auto_heads_and_calibrates_their_confide
     assert recipe.exits.head_budget == (0.15, 0.03, 0.03)
     assert (recipe.training.loss, recipe.training.targets, recipe.training.temperature) == ("separate", "soft", 2.0)
     assert recipe.confidence.name == "calibrated"
-    assert recipe.thresholds.target(labelled=True) == ("max_drop", 0.01)
-    assert recipe.thresholds.target(labelled=False) == ("max_fidelity_drop", 0.01)
+    assert recipe.thresholds.target(labelled=True) == Target("max_drop", 0.01)
+    assert recipe.thresholds.target(labelled=False) == Target("max_fidelity_drop", 0.01)
 
 
 # ---------------------------------------------------------------------------------------------------- changes
@@ -132,7 +133,7 @@ def test_a_way_to_get_thresholds_that_is_given_takes_the_place_of_the_recipes_ow
     thresholds = make_recipe(name, way).thresholds
     ((key, value),) = way.items()
     assert getattr(thresholds, key) == value
-    assert thresholds.target(labelled=True) == (None if key == "threshold" else (key, value))
+    assert thresholds.target(labelled=True) == (None if key == "threshold" else Target(key, value))
 
 
 def test_with_thresholds_that_are_given_those_of_the_recipe_are_no_longer_chosen(tmp_path):

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_page_is_left_alone(fitted, tmp_path):
     page = tmp_path / "own.html"
     page.write_text("<p>my own</p>")
     with pytest.raises(
-        PteeError, match=r"own\.html is there, and no page of ptee\. .* such as out=\".*own-ptee\.html\"\.$"
+        PteeError, match=r"own\.html is there, and no page of ptee\. .* such as out='.*own-ptee\.html'\.$"
     ):
         ptee.write_report(fitted[0], data(), out=page)
     assert page.read_text() == "<p>my own</p>"

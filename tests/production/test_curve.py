@@ -55,6 +55,14 @@ def test_the_best_point_within_a_limit_is_found(wish, threshold):
     assert best_within(curve(), Wish(**wish)).threshold == (threshold, threshold)
 
 
+def test_of_points_that_lose_as_much_the_one_with_more_of_the_backbones_answers_is_taken():
+    differ = {0.1: 0.22, 0.5: 0.18, 0.9: 0.18, 2.0: 0.0}
+    points = [
+        Point(threshold=(t,), cost=t / 2, fidelity_drop=d, drop=0.02 if t < 1 else 0.0) for t, d in differ.items()
+    ]
+    assert best_within(curve(points=points), Wish(max_cost=0.5)).threshold == (0.5,)
+
+
 @pytest.mark.parametrize(
     ("wish", "words"),
     [

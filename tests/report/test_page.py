@@ -125,8 +125,8 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(evil, tmp_path, monkey
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("my curve.png", 'such as out="my curve.html"'),
-        ("curve.png", 'such as out="curve.html"'),
+        ("my curve.png", "such as out='my curve.html'"),
+        ("curve.png", "such as out='curve.html'"),
         ("folder.html", "is a folder"),
     ],
 )

@@ -106,9 +106,7 @@ def test_bad_requests_are_refused_in_one_line(client):
 
 def test_a_full_queue_is_503_with_a_time_to_try_again(server, model, monkeypatch):
     def busy(rows: int = 1) -> None:
-        error = BusyError("512 images wait.")
-        error.seconds = 2.2
-        raise error
+        raise BusyError("512 images wait.", 2.2)
 
     monkeypatch.setattr(server._engine, "require_room", busy)
     client = TestClient(app_of(server, Rules()))

@@ -224,7 +224,7 @@ def test_a_server_that_is_full_of_answered_connections_takes_no_more(monkeypatch
 
 
 def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(PteeError, match=r'host="127\.0\.0\.1"|cannot be taken'):
+    with pytest.raises(PteeError, match=r"host='127\.0\.0\.1'|cannot be taken"):
         reserved("no.such.host.invalid", 8000)
     with pytest.raises(PteeError, match="cannot be taken"):
         reserved("192.0.2.1", 8000)

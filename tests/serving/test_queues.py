@@ -86,7 +86,7 @@ def test_rows_may_lie_in_any_axis_with_several_entries(axis, each):
 
 
 def sizes(*seconds: dict[int, float], p99_ms: float | None = None) -> tuple[int, ...]:
-    return policy_of(seconds, max_wait_ms=1, p99_ms=p99_ms, max_queue=9, rebatch=True).sizes
+    return policy_of(seconds, max_wait_s=0.001, p99_ms=p99_ms, max_queue=9).sizes
 
 
 def test_collecting_is_off_where_rows_get_no_cheaper_together():
@@ -106,7 +106,5 @@ def test_batches_are_made_smaller_until_a_row_is_through_in_half_of_the_wish():
 
 
 def test_the_policy_says_what_it_measured():
-    text = str(
-        policy_of([{1: 0.002, 2: 0.0021}, {1: 0.001, 2: 0.002}], max_wait_ms=1, p99_ms=None, max_queue=9, rebatch=True)
-    )
+    text = str(policy_of([{1: 0.002, 2: 0.0021}, {1: 0.001, 2: 0.002}], max_wait_s=0.001, p99_ms=None, max_queue=9))
     assert "2.00" in text and "1.05" in text and "does not pay" in text

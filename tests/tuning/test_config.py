@@ -10,13 +10,13 @@ from ptee.tuning.config import DEFAULT_LOSS, TARGETS, DropsConfig, Target, Thres
 
 @pytest.mark.parametrize(("labelled", "kind"), [(True, "max_drop"), (False, "max_fidelity_drop")])
 def test_without_a_target_a_small_loss_is_allowed_of_accuracy_where_there_are_labels(labelled, kind):
-    assert ThresholdsConfig().target(labelled) == (kind, DEFAULT_LOSS)
-    assert ThresholdsConfig(max_loss=0.03).target(labelled) == (kind, 0.03)
+    assert ThresholdsConfig().target(labelled) == Target(kind, DEFAULT_LOSS)
+    assert ThresholdsConfig(max_loss=0.03).target(labelled) == Target(kind, 0.03)
 
 
 @pytest.mark.parametrize("kind", TARGETS[1:])
 def test_a_target_that_is_given_is_taken(kind):
-    assert ThresholdsConfig(**{kind: 0.5}).target(labelled=True) == (kind, 0.5)
+    assert ThresholdsConfig(**{kind: 0.5}).target(labelled=True) == Target(kind, 0.5)
 
 
 def test_thresholds_that_are_given_need_no_target():

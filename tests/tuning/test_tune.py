@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import small
 import torch
-from small import made
-from torch.utils.data import TensorDataset
+from device import seeded
+from small import SIZE, made
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
@@ -140,3 +142,32 @@ def test_the_uncertainty_covers_the_true_loss_for_nearly_all_samples_of_so_many_
 def test_no_loss_on_a_few_images_is_uncertain():
     assert "0.0000 of the answers differ" in outcome(1.0, 10)
     assert uncertainty(outcome(1.0, 10)) > 0.1
+
+
+def drawn(n: int, seed: int = 0) -> TensorDataset:
+    return TensorDataset(torch.randn(n, *SIZE, generator=seeded(seed)))
+
+
+def test_who_reports_on_images_that_thresholds_were_chosen_on_is_told_so(tmp_path):
+    model, ours, others = made(), drawn(80), drawn(80, seed=1)
+    ptee.tune(model, ours, max_cost=0.9)
+    both = ConcatDataset([others, Subset(ours, range(40))])
+    for data in (ours, DataLoader(ours, 7)):
+        assert "chosen on these images, so what is lost here is less" in str(ptee.evaluate(model, data, speed=False))
+    found = str(ptee.evaluate(model, both, speed=False))
+    assert re.search(r"chosen on some of these images \([1-6]?\d of 64 that were looked for are here\), so what", found)
+    assert not ptee.evaluate(model, others, speed=False).seen
+    model.save_pretrained(tmp_path / "run")
+    again = ptee.load(tmp_path / "run", backbone=made().detach())
+    assert ptee.evaluate(again, ours, speed=False).seen
+    assert not ptee.evaluate(again, ours, threshold=0.5, speed=False).seen
+    again.threshold = 0.5
+    assert not ptee.evaluate(again, ours, speed=False).seen
+
+
+@pytest.mark.parametrize("marks", [None, "x", [True], [-1], [2**80], [[1]], {}], ids=str)
+def test_marks_of_a_stranger_are_no_marks(marks):
+    model, ours = made(), drawn(40)
+    ptee.tune(model, ours, max_cost=0.9)
+    model.results["tuning"]["marks"] = marks
+    assert not ptee.evaluate(model, ours, speed=False).seen
