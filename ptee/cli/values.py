@@ -277,7 +277,12 @@ def names_of(runs: tuple[str, ...]) -> dict[str, str]:
 
 
 def static_networks(texts: tuple[str, ...], runs: Sequence[str]) -> dict[str, Any]:
-    """Smaller networks by name, for the classes of runs: those with a file of weights are built for as many."""
+    """Smaller networks by name, for the classes of runs.
+
+    Those with a file of weights are built for as many, and take the images of the runs. Of ImageNet's number they are published
+    networks more often than a user's own, and take the images that they were published for.
+    """
+    from ptee.data.labels import IMAGENET_CLASSES
     from ptee.model.run_files import read_config
 
     found: dict[str, Any] = {}
@@ -286,18 +291,20 @@ def static_networks(texts: tuple[str, ...], runs: Sequence[str]) -> dict[str, An
         called = f"network {name}" if name in of_runs else name
         if called in found:
             raise PteeError(f"--static {name} is given twice. Give each network once.")
-        found[called] = _static(name, file if equals else None, read_config(runs[0])[0].backbone.classes)
+        about = read_config(runs[0])[0].backbone
+        images = about.input.model_dump() if equals and about.classes != IMAGENET_CLASSES else {}
+        found[called] = _static(name, file if equals else None, about.classes, images)
     return found
 
 
-def _static(name: str, file: str | None, classes: int) -> Any:
+def _static(name: str, file: str | None, classes: int, images: dict[str, Any]) -> Any:
     from ptee.backbones.library import other_words
     from ptee.backbones.load import load_backbone
 
     give = (f"Give a file of its weights for these {classes} classes: ", Argument(f"static={name}", "FILE"), ".")
     try:
         with other_words({"weights": f"static={name}", "num_classes": "num_classes"}):
-            network = load_backbone(name, weights=file, num_classes=None if file is None else classes)
+            network = load_backbone(name, weights=file, num_classes=None if file is None else classes, **images)
     except BackboneError as why:
         if why.argument != "num_classes":
             raise

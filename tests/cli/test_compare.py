@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from command import BRIEF, MODEL, SHORT, assert_refused, edited, files, read_jso
 from safetensors.torch import save_file
 
 from ptee._common.errors import PteeError
-from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD
+from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD, InputConfig
 from ptee.backbones.load import load_backbone
 from ptee.cli.runs import compare
 from ptee.cli.values import names_of, static_networks
 from ptee.evaluation.comparison_lines import LINES
+from ptee.pipeline.saved_run import _prepared_otherwise
 
 
 def test_the_default_lines_of_the_command_are_those_of_python():
@@ -42,17 +44,25 @@ def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, thi
     assert files(finished) == before
 
 
-def test_a_smaller_network_with_weights_of_ones_own_is_said_to_take_images_as_its_library_has_it(run, finished, things):
+def test_a_smaller_network_with_weights_of_ones_own_takes_the_images_of_the_run(run, finished, things, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("ptee.pipeline.saved_run.compare", lambda *_, static, **how: seen.update(static))
     edited(finished, lambda config: config["backbone"]["input"].update(mean=[0.25, 0.5, 0.5]))  # as after --mean
-    done = run("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    assert (
-        f"cifar_resnet8 takes images of 32 x 32 pixels, normalised by mean {mean} and std {std}, as timm has it for that name. If"
-        in done.out
+    words = ("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
+    assert "takes images" not in run(*words).out
+    assert seen["cifar_resnet8"].input.mean == (0.25, 0.5, 0.5)
+
+
+def test_one_of_a_thousand_classes_takes_the_images_that_it_was_published_for():
+    theirs = load_backbone("timm/resnet10t", num_classes=1000, pretrained=False, input_size=(3, 64, 64), mean=0.5)
+    network = replace(theirs, source={"library": "timm", "weights": {"file": "w.pth"}})
+    images = InputConfig((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD)
+    (words,) = _prepared_otherwise({"net": network}, images)
+    std = ", ".join(f"{v:g}" for v in theirs.input.std)
+    assert words.startswith(
+        f"net takes images of 64 x 64 pixels, normalised by mean 0.5, 0.5, 0.5 and std {std}, as timm has it for that name. If"
     )
-    edited(finished, lambda config: config["backbone"]["input"].update(mean=list(IMAGENET_MEAN)))
-    alike = run("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
-    assert "cifar_resnet8 takes images of 32 x 32 pixels, as timm has it for that name. If" in alike.out
+    assert not [*_prepared_otherwise({"net": network}, theirs.input)]
 
 
 @pytest.fixture
