@@ -42,7 +42,7 @@ class Lock:
         _LOCKS.add(self)
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        """Take it; without `blocking` only if no other thread has it. Whether it was taken."""
+        """Take it; without `blocking` only if no other thread has it. Returns whether it was taken."""
         return self._lock.acquire(blocking)
 
     def release(self) -> None:
@@ -56,7 +56,7 @@ class Lock:
         self._lock.release()
 
     def renew(self) -> bool:
-        """A new lock, if another thread holds this one. Whether one does."""
+        """Become a new lock if another thread holds this one, and return whether one did."""
         held = not self._lock.acquire(blocking=False)
         if held:
             self._lock = threading.RLock()
@@ -133,7 +133,7 @@ class LongChange(Change):
 
 
 def _renew() -> None:
-    """In a forked child, what other threads of its parent held and changed."""
+    """In a forked child, free what other threads of its parent held, and undo what they changed."""
     for lock in list(_LOCKS):
         taken = lock.renew()
         if lock is _CHANGES and taken:

@@ -61,7 +61,7 @@ class Backbone:
         learnt: its weights were trained together with the heads, so that a run must keep them.
         pixels_known: the mean and std of `input` were given, or its library knows them; else ImageNet's stand in for them.
         hashes: `tensor_hashes` of the weights as they were when the exits were added, or as the run has them; None before.
-        learned_from: those that the heads learned from; None before.
+        learned_from: those that the heads learned from; None before, and of a network in another type than float32.
     """
 
     module: nn.Module

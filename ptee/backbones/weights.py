@@ -80,6 +80,16 @@ def recorded_hashes(module: nn.Module, input_size: tuple[int, int, int]) -> Iter
     yield weights_hash(module)[:16]
 
 
+def in_single_precision(module: nn.Module) -> bool:
+    """Whether all parameters are float32. In another type the same weights have other hashes."""
+    return all(parameter.dtype is torch.float32 for parameter in module.parameters())
+
+
+def learnable_hashes(module: nn.Module) -> dict[str, str] | None:
+    """`tensor_hashes` of a network that heads learn from; None in another type than float32, in which it may be converted later."""
+    return tensor_hashes(module) if in_single_precision(module) else None
+
+
 def tensor_hashes(module: nn.Module) -> dict[str, str]:
     """A hash of each value of the state_dict, by name."""
     return {name: tensor_hash(value) for name, value in module.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
@@ -19,9 +20,10 @@ from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
 MARKED_VALUES = 256  # of an image, by which it is known again
-MARK_BYTES = 6  # of a mark, which any program reads as a whole number
-LARGEST_MARK = 2 ** (8 * MARK_BYTES)
+MARK_BYTES = 6
+MARK_LETTERS = 2 * MARK_BYTES
 SAMPLED_MARKS = 64
+NO_MARK = -1
 # Where a process that loads images ends, its connection is lost before torch raises the error that says so.
 SECONDS_TO_END = 1.0
 
@@ -290,22 +292,29 @@ def same_images(one: Any, other: Any) -> bool:
 
 
 def marks_of(images: Tensor) -> Tensor:
-    """(b,) int64, a hash of some values of each image (b, c, h, w). The same image has the same one in any data set and process."""
-    flat = images.detach().flatten(1)
-    few = flat[:, :: -(-flat.shape[1] // MARKED_VALUES)].to(
-        "cpu", torch.float16
-    )  # so that a number type does not matter
-    hashes = [blake2b(row.numpy().tobytes(), digest_size=MARK_BYTES).digest() for row in few]
-    return torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
+    """(b,) int64, a hash of some values of each image (b, c, h, w), the same in any process; NO_MARK for an image of one value."""
+    places = torch.linspace(0, images.shape[1:].numel() - 1, MARKED_VALUES, dtype=torch.float64, device="cpu").long()
+    channel, row, column = torch.unravel_index(places.to(images.device), images.shape[1:])
+    few = images.detach()[:, channel, row, column].to("cpu", torch.float32)
+    hashes = [blake2b(values.numpy().tobytes(), digest_size=MARK_BYTES).digest() for values in few]
+    marks = torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
+    alike = (few == few[:, :1]).all(1) | ~few.isfinite().all(1)
+    return marks.where(~alike, NO_MARK)
 
 
-def sample_of_marks(marks: Tensor) -> list[int]:
-    """A few of them, the same of the same images in any order."""
-    return marks.unique()[:SAMPLED_MARKS].tolist()
+def number_of_shared(marks: Tensor, others: Tensor) -> int:
+    """How many of these marks (n,) are among others (m,)."""
+    return int(torch.isin(marks[marks != NO_MARK], others).sum())
 
 
-def number_among(marks: Tensor, sample: Any) -> int:
-    """How many of such a sample are among these; 0 if it is none, as in a file of a stranger."""
-    if not isinstance(sample, list) or not all(type(one) is int and 0 <= one < LARGEST_MARK for one in sample):
-        return 0
-    return int(torch.isin(torch.tensor(sample, dtype=torch.int64, device="cpu"), marks).sum())
+def sample_of_marks(marks: Tensor) -> str:
+    """A few of them as text. They are the same ones whatever the order of the images is."""
+    known = marks[marks != NO_MARK].unique()[:SAMPLED_MARKS].tolist()
+    return "".join(f"{mark:0{MARK_LETTERS}x}" for mark in known)
+
+
+def marks_in(sample: Any) -> Tensor:
+    """The marks in such a text; none in what is no such text, as in a file of a stranger."""
+    known = isinstance(sample, str) and re.fullmatch(f"([0-9a-f]{{{MARK_LETTERS}}}){{0,{SAMPLED_MARKS}}}", sample)
+    found = re.findall(f".{{{MARK_LETTERS}}}", sample) if known else []
+    return torch.tensor([int(mark, 16) for mark in found], dtype=torch.int64, device="cpu")

@@ -287,7 +287,7 @@ def copies(some_files: Sequence[File], others: Sequence[File], most: int = COMPA
 
 
 def sample_of(files: Iterable[File]) -> list[str]:
-    """A few of these files, wherever they lie: of each a hash of its name and one of its bytes."""
+    """By which a few of these files are known again in another folder: for each a hash of its name, then one of its bytes."""
     few = nsmallest(SAMPLED, (file for file in files if file.path), key=_hash_of_name)
     return [_hash_of_name(file) + hashed.hex()[:HALF] for file in few if (hashed := _hash(file))]
 

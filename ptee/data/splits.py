@@ -367,28 +367,36 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
         )
     here, files = data.place == recorded.get("source"), recorded.get("files_sha256")
     same = here if files is None else files == data.split.get("files_sha256")
-    if same or "validation" in data.split["parts"]:
+    if same:
         return data.validation, data.summary
-    every: Any = ConcatDataset([data.train, data.calibration, data.validation])
-    sample = recorded.get("train_sample", ())
-    seen = number_in_sample((f for part in every.datasets for f in part.files), sample) if sample else 0
-    if here or seen > len(sample) / 2:
+    delivered = "validation" in data.split["parts"]
+    if here and not delivered:
         raise DataError(
             f"{data.source} has other files than when {run} was trained, so nobody knows which of them it has not seen. "
             "Put them back as they were, or give other images: ",
             *GIVE_DATA,
         )
-    words = f"{data.source}: all {number_of(len(every), 'image')}{data.unread}."
+    parts: list[Any] = [data.validation] if delivered else [data.train, data.calibration, data.validation]
+    images: Any = parts[0] if delivered else ConcatDataset(parts)
+    words = data.summary if delivered else f"{data.source}: all {number_of(len(images), 'image')}{data.unread}."
+    sample = recorded.get("train_sample", ())
+    seen = number_in_sample((file for part in parts for file in part.files), sample) if sample else 0
+    if seen > len(sample) / 2:
+        raise DataError(
+            f"{data.source} holds images that {run} was trained on ({seen} of the {len(sample)} that were checked), and nobody knows which "
+            "of the others it has not seen. Put the files back as they were, or give other images: ",
+            *GIVE_DATA,
+        )
     if seen:
-        words += f" {run} was trained on some of these ({seen} of {len(sample)} that were looked for are here), so results are better than on new ones."
-    return every, words
+        words += f" {run} was trained on some of these ({seen} of the {len(sample)} that were checked), so results may be better than on new ones."
+    return images, words
 
 
 def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tuple[Any, str]:
     """The images that the run's thresholds were not chosen on, and a sentence about them, or none.
 
-    `tuned` holds the source and the files_sha256 of the images that they were chosen on, None where not known; it is empty if none
-    were chosen. With `given`, the user gives other thresholds, which were not chosen on these images.
+    `tuned` holds the source and the files_sha256 of the images that they were chosen on, None where not known, and whether these are
+    known again (`marks`), so that nothing need be said here; it is empty if none were chosen. With `given`, the user gives other thresholds, which were not chosen on these images.
 
     Raises:
         DataError: if the images are the same ones, but files were added or are missing.
@@ -397,20 +405,15 @@ def left_by_tuning(unseen: Unseen, tuned: Mapping[str, Any], given: bool) -> tup
     if not tuned:
         return images, ""
     if tuned["source"] is None:
-        return (
-            images,
-            ""
-            if given
-            else "The run's thresholds were chosen in Python. Whether on some of these images is not known.",
-        )
+        unknown = "" if tuned["marks"] else " Whether on some of these images is not known."
+        return images, "" if given else f"The run's thresholds were chosen in Python.{unknown}"
     where, files = tuned["source"], data.split.get("files_sha256")
     shown = repr(f"{where:.200}")  # a stranger may have written it
     here = where.casefold() == data.place.casefold() if files is None else where == data.place
     same = here if None in (files, tuned["files_sha256"]) else files == tuned["files_sha256"]
     if not (here or same):
-        elsewhere = (
-            f"The run's thresholds were chosen on {shown}; whether some of its images are among these is not known."
-        )
+        unknown = "" if tuned["marks"] else "; whether some of its images are among these is not known"
+        elsewhere = f"The run's thresholds were chosen on {shown}{unknown}."
         if Path(data.place).is_relative_to(where):
             elsewhere = f"The run's thresholds were chosen on some images of {shown}, and these lie there, too. Without --data the others are taken."
         return images, "" if given else elsewhere

@@ -26,7 +26,7 @@ from ptee.analysis.macs import count
 from ptee.backbones.library import require_alike
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import answering_hash
-from ptee.data.batches import batches, same_images
+from ptee.data.batches import batches, number_of_shared, same_images
 from ptee.data.recorded import recorded
 from ptee.evaluation.comparison_lines import LINES, WITHOUT_LOGITS, checked_lines, ways
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
@@ -192,7 +192,7 @@ def _warn_of_shared(pair: Pair) -> None:
     ours, theirs = pair.report.marks, pair.calibration.marks
     if ours is None or theirs is None:  # of recorded traces
         return
-    shared = int(torch.isin(ours, theirs).sum())
+    shared = number_of_shared(ours, theirs)
     if shared > COPIES * len(ours):
         warn(
             f"{shared:,} of the {len(ours):,} report images are calibration images, too, so numbers are better than on new ones. Give "

@@ -10,7 +10,7 @@ from torch import nn
 from ptee._common.errors import BackboneError, RunError, first_line, possible
 from ptee.analysis.classifier import require_runnable
 from ptee.backbones.load import Backbone, InputConfig, load_backbone, rebuild
-from ptee.backbones.weights import changes, weights_hash
+from ptee.backbones.weights import changes, in_single_precision, weights_hash
 from ptee.exits.blend import Blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated
 from ptee.exits.config import FRONT
@@ -99,8 +99,9 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
     learnt = run.backbone is not None
     found = Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
-    known = run.config.backbone_tensors
-    return replace(found, learnt=learnt, pixels_known=about.pixels_known, hashes=known, learned_from=known)
+    known, single = run.config.backbone_tensors, in_single_precision(module)
+    learned_from = (run.config.learned_from or known) if single else None
+    return replace(found, learnt=learnt, pixels_known=about.pixels_known, hashes=known, learned_from=learned_from)
 
 
 def _its_weights(run: Run) -> str:

@@ -183,6 +183,7 @@ class RunConfig(_Record):
     curve: Curve | None = None  # runs that were never tuned have none
     results: dict[str, Any] | None = None
     backbone_tensors: dict[Text, Text] | None = None  # short hashes, to say which differ; old runs have none
+    learned_from: dict[Text, Text] | None = None  # those that the heads learned from, if they are others
     tensors: dict[Text, TensorRecord] | None = None  # schema 1 has neither these
     fingerprint: Name | None = None  # nor this
 

@@ -23,7 +23,7 @@ from ptee._common.files import as_path, is_file, plain, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
 from ptee._common.writing import ANOTHER_FOLDER, clear_unfinished, locked, replace_files, settle, writer_of
-from ptee.backbones.weights import changes, storable, tensor_hash, tensor_hashes, weights_hash
+from ptee.backbones.weights import changes, in_single_precision, storable, tensor_hash, tensor_hashes, weights_hash
 from ptee.exits.confidence import Calibrated
 from ptee.exits.front import FrontHead
 from ptee.model.heads_file import LARGEST_HEADER_BYTES
@@ -82,8 +82,7 @@ def describe(model: Any) -> dict[str, Any]:
     network, plan, tensors = model.origin, model.plan, tensor_hashes(model.origin.module)
     if network.hashes not in (None, tensors) and network.source is not None and not network.learnt:
         _tell_changes(network)
-    else:
-        warn_of_changes(network)
+    warn_of_changes(network)
     front = next((head.origin for head in model.heads if isinstance(head, FrontHead)), None)
     return {
         "backbone": {
@@ -101,6 +100,7 @@ def describe(model: Any) -> dict[str, Any]:
         "confidence": {"name": plan.confidence} | plain(model.calibrated or Calibrated()),
         **describe_tuning(model),
         "backbone_tensors": tensors,
+        "learned_from": network.learned_from if network.learned_from != tensors else None,
     }
 
 
@@ -122,11 +122,8 @@ def _tell_changes(network: Backbone) -> None:
 
 
 def warn_of_changes(network: Backbone) -> None:
-    """Warn if heads answer for other weights than they learned from.
-
-    Only in single precision: whether half of it holds the same weights, their hashes do not say.
-    """
-    if network.learned_from is None or any(type_name(p.dtype) != "float32" for p in network.module.parameters()):
+    """Warn if heads answer for other weights than they learned from."""
+    if network.learned_from is None or not in_single_precision(network.module):
         return
     if why := changes(network.learned_from, network.module, network.input.input_size):
         warn(

@@ -15,6 +15,7 @@ from ptee._common.errors import Argument, DataError, Interrupted
 from ptee._common.listing import HUB
 from ptee._common.progress import Log
 from ptee.backbones.load import Backbone, InputConfig
+from ptee.data.batches import marks_in
 from ptee.data.labels import describe_labels
 from ptee.data.pictures import all_broken_named
 from ptee.data.sources import require_source
@@ -292,14 +293,15 @@ def load_run(run: str, weights: Path | None) -> EarlyExitModel:
 
 
 def _tuned_on(model: EarlyExitModel) -> dict[str, Any]:
-    """source and files_sha256 of the images that the thresholds were chosen on, None where not known; empty if none were chosen."""
+    """What is known of the images that the thresholds were chosen on, as `left_by_tuning` takes it; empty if none were chosen."""
     tuning, trained = ((model.results or {}).get(key) for key in ("tuning", "data"))
     if not isinstance(tuning, dict) or not tuning:
         return {}
+    marks = len(marks_in(tuning.get("marks"))) > 0
     if not isinstance(tuning.get("source"), str):  # in Python
-        return {"source": None, "files_sha256": None}
+        return {"source": None, "files_sha256": None, "marks": marks}
     files = tuning.get("files_sha256")
     split = trained.get("split") if isinstance(trained, dict) and trained.get("source") == tuning["source"] else None
     if "files_sha256" not in tuning and isinstance(split, dict):  # a run of an older ptee
         files = split.get("files_sha256")
-    return {"source": tuning["source"], "files_sha256": files if isinstance(files, str) else None}
+    return {"source": tuning["source"], "files_sha256": files if isinstance(files, str) else None, "marks": marks}

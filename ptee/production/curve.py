@@ -149,7 +149,7 @@ class Wish(FrozenConfig):
 def best_within(curve: Curve, wish: Wish) -> Point:
     """The point that loses least within a cost or time, or is cheapest within a drop.
 
-    Of points that lose as much, one has more of the backbone's answers: who is cautious says of several that they lose as much.
+    Of several that lose equally little, it is the one whose answers differ least from the backbone's.
     """
     name, limit = wish.only()
     limited = name.removeprefix("max_")

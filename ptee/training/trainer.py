@@ -30,7 +30,7 @@ from ptee._common.text import number_of
 from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
-from ptee.backbones.weights import tensor_hashes
+from ptee.backbones.weights import learnable_hashes
 from ptee.data.batches import batches, is_loader, odd_labels
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
@@ -148,7 +148,7 @@ def run_training(
         if resume:
             run.resume()
         history = run.fit(loaders, train_data, val_data, on_epoch)
-    model.origin = replace(model.origin, learned_from=tensor_hashes(model.backbone))
+    model.origin = replace(model.origin, learned_from=learnable_hashes(model.backbone))
     return history
 
 

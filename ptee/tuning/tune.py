@@ -13,7 +13,7 @@ from torch import Tensor
 from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
-from ptee.data.batches import number_among, sample_of_marks
+from ptee.data.batches import marks_in, number_of_shared, sample_of_marks
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
@@ -27,6 +27,8 @@ from ptee.tuning.solution import Solution
 from ptee.tuning.targets import DEFAULTS, WITHIN, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
+
+MANY = 0.1  # share of the images above which others are asked for; fewer may be copies
 
 
 @checked_with(instead={"threshold": "It chooses thresholds; set one of your own by model.threshold = 0.7."})
@@ -101,7 +103,7 @@ def _chosen(
     *,
     trusted: bool,
     **how: Any,
-) -> tuple[Solution, list[int]]:
+) -> tuple[Solution, str]:
     """`tune` for a target, and the marks of a few of the images.
 
     The labels are `trusted`, or they are refused where the backbone is near chance under them.
@@ -119,7 +121,7 @@ def _chosen(
         found = promised(traces, found, config.confidence, **how_sure)
     model.choose(found.threshold, found.off, found.blend)
     model.curve = operating_points(traces, found)
-    return found, [] if traces.marks is None else sample_of_marks(traces.marks)
+    return found, "" if traces.marks is None else sample_of_marks(traces.marks)
 
 
 def choose_thresholds(
@@ -180,12 +182,13 @@ def chosen_on_these(model: EarlyExitModel, marks: Tensor | None) -> str:
     tuning: Any = (model.results or {}).get("tuning")
     if marks is None or target_in_force(tuning, model) is None:
         return ""
-    sample = tuning.get("marks")
-    if not (here := number_among(marks, sample)):
+    sample = marks_in(tuning.get("marks"))
+    if not (here := number_of_shared(sample, marks)):
         return ""
     all_are = here == len(sample) and tuning.get("samples") == len(marks)
-    some, found = ("", "") if all_are else ("some of ", f" ({here} of {len(sample)} that were looked for are here)")
-    return f"The thresholds were chosen on {some}these images{found}, so what is lost here is less than on new ones. Give images that nothing was chosen on."
+    some, found = ("", "") if all_are else ("some of ", f" ({here} of the {len(sample)} that were checked)")
+    instead = " Give images that nothing was chosen on." if here > MANY * len(sample) else ""
+    return f"The thresholds were chosen on {some}these images{found}, so what is lost here may be less than on new ones.{instead}"
 
 
 def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:

@@ -54,7 +54,7 @@ def test_a_smaller_network_with_weights_of_ones_own_takes_the_images_of_the_run(
 
 
 def test_one_of_a_thousand_classes_takes_the_images_that_it_was_published_for():
-    theirs = load_backbone("timm/resnet10t", num_classes=1000, pretrained=False, input_size=(3, 64, 64), mean=0.5)
+    theirs = load_backbone("timm/resnet10t", num_classes=1000, pretrained=False, input_size=(3, 64, 64), mean=[0.5])
     network = replace(theirs, source={"library": "timm", "weights": {"file": "w.pth"}})
     images = InputConfig((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD)
     (words,) = _prepared_otherwise({"net": network}, images)

@@ -190,7 +190,9 @@ def test_training_images_are_known_in_another_folder_even_if_files_are_missing(t
     known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
     moved = (tmp_path / "of the run").rename(tmp_path / "moved")
     (moved / names[3]).unlink()
-    with pytest.raises(DataError, match=r"moved has other files than when run was trained, .*data=FOLDER"):
+    with pytest.raises(
+        DataError, match=r"moved holds images that run was trained on \(1[56] of the 16 that .*data=FOLDER"
+    ):
         images_to_report_on(opened(moved), known, "run")
     trained = [file.name for file in run.train.files]
     others = write_folder(tmp_path / "others", [f"{name[0]}/other{i}.png" for i, name in enumerate(names)])
@@ -198,8 +200,23 @@ def test_training_images_are_known_in_another_folder_even_if_files_are_missing(t
     for name in trained[:8]:
         (moved / name).rename(others / name)
     assert re.search(
-        r"run was trained on some of these \(\d of 16 that", images_to_report_on(opened(others), known, "run")[1]
+        r"run was trained on some of these \(\d of the 16 that", images_to_report_on(opened(others), known, "run")[1]
     )
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar files"])
+def test_training_images_are_known_among_the_validation_images_of_another_source(kind, tmp_path):
+    names = numbered(40)
+    run = opened(write_folder(tmp_path / "of the run", names))
+    known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
+    swapped = tmp_path / "swapped"
+    if kind == "folders":
+        write_folder(swapped / "val", names)
+        write_folder(swapped / "train", [f"{name[0]}/other{i}.png" for i, name in enumerate(names)])
+    else:
+        write_tar(swapped / "validation.tar", names)
+    with pytest.raises(DataError, match=r"swapped holds images that run was trained on"):
+        images_to_report_on(opened(swapped, report_only=True), known, "run")
 
 
 def test_other_pictures_of_the_same_names_are_no_training_images(tmp_path):

@@ -972,3 +972,37 @@ def test_heads_that_were_trained_on_weights_that_changed_fit_them(folder, net, t
     model.save_pretrained(tmp_path / "again")
     model.half().save_pretrained(tmp_path / "half")
     assert not any("its heads learned from" in str(warning.message) for warning in recwarn)
+
+
+def test_that_weights_changed_after_the_heads_learned_is_still_known_when_the_run_is_loaded(folder, net, tmp_path):
+    model = ptee.load(folder, backbone=net)
+    with torch.no_grad():
+        net.fc.bias += 5
+    said = r"not those that its heads learned from: .*fc\.bias\."
+    with pytest.warns(UserWarning, match=said):
+        model.save_pretrained(tmp_path / "changed")
+    again = ptee.load(tmp_path / "changed", backbone=copy.deepcopy(net))
+    with pytest.warns(UserWarning, match=said):
+        ACTS["evaluate"](again, None)
+
+
+def test_of_a_named_network_that_changed_it_is_said_that_the_heads_do_not_fit_either(tmp_path):
+    weights = tmp_path / "w.pth"
+    torch.save(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
+    model = build(load_backbone("cifar_resnet8", weights=weights), exits=["layer1"])
+    ptee.train(model, TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8)), epochs=1, batch_size=4)
+    with torch.no_grad():
+        next(model.backbone.parameters()).add_(1)
+    with pytest.warns(UserWarning) as found:
+        model.save_pretrained(tmp_path / "run")
+    said = " ".join(str(warning.message) for warning in found)
+    assert "not those that it was loaded with" in said
+    assert "not those that its heads learned from" in said
+
+
+def test_a_network_in_another_type_that_is_converted_has_the_same_weights(net, tmp_path, recwarn):
+    model = make(net=net.double())
+    data = TensorDataset(torch.randn(8, *SIZE, dtype=torch.float64), torch.arange(8) % 4)
+    ptee.train(model, data, epochs=1, batch_size=4)
+    model.float().save_pretrained(tmp_path / "single")
+    assert not any("its heads learned from" in str(warning.message) for warning in recwarn)
