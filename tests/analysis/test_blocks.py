@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from cases import slow
 from torch import Tensor, nn
 
 from ptee.analysis.blocks import blocks
@@ -72,7 +73,8 @@ NETS = {
     "a user's CNN": Kind(cnn, (3, 16, 16), ("Conv2d",), ("0", "1", "2", "3"), ("MaxPool2d", "Flatten")),
     "a user's MLP": Kind(mlp, (3, 8, 8), ("Linear",), ("0", "1", "2"), ("ReLU",)),
 }  # fmt: skip
-each_network = pytest.mark.parametrize("name", NETS)
+SLOW = ("densenet121", "regnet_y_400mf")
+each_network = pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in NETS])
 # their convolutions or linear layers stand alone, and a block ends with what follows each: activation, pool
 PLAIN = ("vgg11_bn", "a user's CNN", "a user's MLP")
 
