@@ -52,6 +52,7 @@ def test_a_run_says_how_pictures_are_prepared_and_who_says_so(run, known):
     assert f"Pictures are resized (nearest), cut to 16 x 16 and normalised by {own}: as given.\n" in done.out
 
 
+@pytest.mark.cpu("files are exported on the CPU")
 def test_pictures_of_a_run_are_resized_as_when_it_was_made(run, known, things, monkeypatch):
     assert run("augment", *known, *SHORT, "--interpolation", "nearest", "--out", "out").status == 0
     config = read_json("out", "config.json")["backbone"]

@@ -948,7 +948,10 @@ ACTS = {
 }
 
 
-@pytest.mark.parametrize("act", ACTS)
+FOR_THE_CPU = pytest.mark.cpu("files are made on the CPU")
+
+
+@pytest.mark.parametrize("act", ["evaluate", "save", pytest.param("export", marks=FOR_THE_CPU)])
 def test_weights_that_changed_after_the_heads_learned_are_told_of(act, folder, net, tmp_path, recwarn):
     model = ptee.load(folder, backbone=net)
     before = net.fc.bias.clone()
