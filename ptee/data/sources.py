@@ -84,7 +84,7 @@ def _split(
     split: dict[str, Any] = {"kind": listing.kind, "parts": listing.origin, "rule": rule, "seed": seed}
     if is_files:
         split["files_sha256"] = files
-        split["train_sample"] = sample_of(parts["train"].files)
+        split["train_sample"] = " ".join(sample_of(parts["train"].files))
     if listing.kind == DEMO:
         split["pictures_sha256"] = fingerprint(listing)
     split["sizes"] = {part: len(pictures) for part, pictures in parts.items()}

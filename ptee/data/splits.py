@@ -383,12 +383,12 @@ def images_to_report_on(data: Data, recorded: Mapping[str, Any], run: str) -> tu
     seen = number_in_sample((file for part in parts for file in part.files), sample) if sample else 0
     if seen > len(sample) / 2:
         raise DataError(
-            f"{data.source} holds images that {run} was trained on ({seen} of the {len(sample)} that were checked), and nobody knows which "
-            "of the others it has not seen. Put the files back as they were, or give other images: ",
+            f"{data.source} holds images that {run} was trained on: of {len(sample)} of these, {seen} are here. Nobody knows which of the "
+            "others it has not seen. Put the files back as they were, or give other images: ",
             *GIVE_DATA,
         )
     if seen:
-        words += f" {run} was trained on some of these ({seen} of the {len(sample)} that were checked), so results may be better than on new ones."
+        words += f" {run} was trained on some of these, so results may be better than on new ones: of {len(sample)} of its training images, {seen} {'is' if seen == 1 else 'are'} here."
     return images, words
 
 

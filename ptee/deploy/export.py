@@ -245,9 +245,9 @@ def _require_same(model: EarlyExitModel, folder: Path) -> None:
             each = torch.full((exits + 1, exits), NEVER, dtype=torch.float64, device="cpu").fill_diagonal_(ALWAYS)
             ways += [(limits, all_rows) for limits in each]
         if not all(_answers_alike(model, runner, x, *way) for way in ways):
+            instead = "Use another format" if x.dtype == torch.float32 else "Call model.float() first"
             raise PteeError(
-                f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. Use "
-                "another format."
+                f"{model.plan.backbone} as {runner.manifest.format} gives other answers than the model to a batch of {b}. {instead}."
             )
 
 

@@ -36,6 +36,7 @@ from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidenc
 from ptee.exits.front import Prepare, require_same_question
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.saving import warn_of_changes
 from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig
 from ptee.tuning.solution import Solution
@@ -92,6 +93,8 @@ def compare(
     """
     allowed, wanted = tuple(sorted({*DropsConfig(drops=drops).drops})), checked_lines(lines)
     first = _of_one_backbone(models)
+    for model in models.values():
+        warn_of_changes(model.origin)
     for name, model in product(set(wanted) & set(CONFIDENCES), models.values()):
         find_confidence(name, model.calibrated)  # refuse before anything takes long
     networks = {name: smaller_network(name, given, first) for name, given in (static or {}).items()}
@@ -99,7 +102,7 @@ def compare(
     parts = (calibration, report)
     if same_images(*parts):
         warn(
-            "calibration and report are the same images, so all numbers are better than on new ones. Give other images to report on."
+            "calibration and report are the same images, so numbers may be better than on new ones. Give other images to report on."
         )
     _require_data(parts, networks, batch_size, num_workers)
     place = next(first.heads.parameters()).device if device is None else resolve_device(device)
@@ -195,7 +198,7 @@ def _warn_of_shared(pair: Pair) -> None:
     shared = number_of_shared(ours, theirs)
     if shared > COPIES * len(ours):
         warn(
-            f"{shared:,} of the {len(ours):,} report images are calibration images, too, so numbers are better than on new ones. Give "
+            f"{shared:,} of the {len(ours):,} report images are calibration images, too, so numbers may be better than on new ones. Give "
             "other images to report on."
         )
 

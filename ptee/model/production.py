@@ -127,7 +127,7 @@ class InProduction:
         """The curve, if it is of this model as it is set now; else a PteeError."""
         curve = self.curve
         if curve is None:
-            words = "no curve: its thresholds were never chosen on images. Type"
+            words = "no curve: no thresholds were chosen on images since its heads were trained or calibrated. Type"
             if self._curve[0] is not None:
                 words = "no curve any more: the weights of blended answers or the calibration that it was made with have changed. Tune again:"
             raise PteeError(f"This model has {words} {TUNE}.")

@@ -127,8 +127,8 @@ def warn_of_changes(network: Backbone) -> None:
         return
     if why := changes(network.learned_from, network.module, network.input.input_size):
         warn(
-            f"The weights of {network.name} are not those that its heads learned from: {why}. So its thresholds and all that was measured "
-            "before are of another network. Put the weights back, or train the heads again (ptee.train)."
+            f"The weights of {network.name} are not those that its heads learned from: {why}. Heads, and all that was fitted and measured "
+            "before the change, belong to those. Put them back, or make new exits: ptee.fit(model.detach(), ...)."
         )
 
 

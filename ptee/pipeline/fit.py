@@ -404,7 +404,7 @@ def _measure(
     how: dict[str, Any] = {"speed": job.speed, "speed_seconds": job.speed_seconds, "about": words}
     results = evaluate(model, images, **how, **_batches(recipe, job))
     doubts = hardly_learned(results, model.num_classes, recipe)
-    odd = results.verdict + doubts
+    odd = [*results.verdict, *doubts, *filter(None, [results.seen])]
     if found is not None:
         outcome, missed = describe_outcome(found, results.to_dict())
         results = replace(results, outcome=outcome, loses_too_much=missed and found.target.kind != "max_cost")

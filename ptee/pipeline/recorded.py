@@ -172,8 +172,8 @@ def _recorded(run: str, results: Any) -> dict[str, Any]:
         known["seed"] = seed
     if _is_text(classes := split.get("classes")):
         known["classes"] = classes
-    if _is_text(sample := split.get("train_sample")):
-        known["train_sample"] = sample
+    if isinstance(sample := split.get("train_sample"), str):
+        known["train_sample"] = sample.split()
     if isinstance(removed := split.get("removed"), list) and all(_is_text(key) and len(key) == 3 for key in removed):
         known["removed"] = [tuple(key) for key in removed]
     return known

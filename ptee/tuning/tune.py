@@ -28,7 +28,7 @@ from ptee.tuning.targets import DEFAULTS, WITHIN, solve
 from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
-MANY = 0.1  # share of the images above which others are asked for; fewer may be copies
+MANY = 0.1  # share of the images that is known only roughly; fewer may be copies
 
 
 @checked_with(instead={"threshold": "It chooses thresholds; set one of your own by model.threshold = 0.7."})
@@ -180,15 +180,19 @@ def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None
 def chosen_on_these(model: EarlyExitModel, marks: Tensor | None) -> str:
     """A sentence, if a model's thresholds were chosen on some of the images with these marks (n,), else none."""
     tuning: Any = (model.results or {}).get("tuning")
-    if marks is None or target_in_force(tuning, model) is None:
+    on_curve = model.curve is not None and model.curve.at(model.threshold) is not None
+    if marks is None or not (on_curve or target_in_force(tuning, model)):
         return ""
-    sample = marks_in(tuning.get("marks"))
+    sample = marks_in(tuning.get("marks")) if isinstance(tuning, dict) else marks[:0]
     if not (here := number_of_shared(sample, marks)):
         return ""
-    all_are = here == len(sample) and tuning.get("samples") == len(marks)
-    some, found = ("", "") if all_are else ("some of ", f" ({here} of the {len(sample)} that were checked)")
-    instead = " Give images that nothing was chosen on." if here > MANY * len(sample) else ""
-    return f"The thresholds were chosen on {some}these images{found}, so what is lost here may be less than on new ones.{instead}"
+    chosen_on = tuning.get("samples")
+    share = min(1.0, here / len(sample) * (chosen_on if type(chosen_on) is int else len(marks)) / len(marks))
+    some = "" if share > 1 - MANY else f"about {share:.0%} of " if share > MANY else "a few of "
+    instead = " Give images that nothing was chosen on." if share > MANY else ""
+    return (
+        f"The thresholds were chosen on {some}these images, so what is lost here may be less than on new ones.{instead}"
+    )
 
 
 def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -184,14 +185,20 @@ def test_a_run_is_reported_on_images_that_it_has_not_seen(folder, tmp_path):
         images_to_report_on(data, known | {"files_sha256": "another"}, "run")
 
 
+def recorded(run: Data) -> dict[str, Any]:
+    """What a run knows of its images."""
+    sample = run.split["train_sample"].split()
+    return {"source": run.place, "files_sha256": run.split["files_sha256"], "train_sample": sample}
+
+
 def test_training_images_are_known_in_another_folder_even_if_files_are_missing(tmp_path):
     names = numbered(40)
     run = opened(write_folder(tmp_path / "of the run", names))
-    known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
+    known = recorded(run)
     moved = (tmp_path / "of the run").rename(tmp_path / "moved")
     (moved / names[3]).unlink()
     with pytest.raises(
-        DataError, match=r"moved holds images that run was trained on \(1[56] of the 16 that .*data=FOLDER"
+        DataError, match=r"moved holds images that run was trained on: of 32 of these, 3[12] are here\. .*data=FOLDER"
     ):
         images_to_report_on(opened(moved), known, "run")
     trained = [file.name for file in run.train.files]
@@ -200,7 +207,8 @@ def test_training_images_are_known_in_another_folder_even_if_files_are_missing(t
     for name in trained[:8]:
         (moved / name).rename(others / name)
     assert re.search(
-        r"run was trained on some of these \(\d of the 16 that", images_to_report_on(opened(others), known, "run")[1]
+        r"run was trained on some of these, .*: of 32 of its training images, [78] are here\.$",
+        images_to_report_on(opened(others), known, "run")[1],
     )
 
 
@@ -208,7 +216,7 @@ def test_training_images_are_known_in_another_folder_even_if_files_are_missing(t
 def test_training_images_are_known_among_the_validation_images_of_another_source(kind, tmp_path):
     names = numbered(40)
     run = opened(write_folder(tmp_path / "of the run", names))
-    known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
+    known = recorded(run)
     swapped = tmp_path / "swapped"
     if kind == "folders":
         write_folder(swapped / "val", names)
@@ -222,7 +230,7 @@ def test_training_images_are_known_among_the_validation_images_of_another_source
 def test_other_pictures_of_the_same_names_are_no_training_images(tmp_path):
     names = numbered(40)
     run = opened(write_folder(tmp_path / "of the run", names))
-    known = {"source": run.place, **{key: run.split[key] for key in ("files_sha256", "train_sample")}}
+    known = recorded(run)
     same_names = write_folder(
         tmp_path / "same names", ["a/more.png", *names]
     )  # each has the grey level of the next one

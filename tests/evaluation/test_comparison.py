@@ -412,7 +412,7 @@ def test_neither_a_loader_nor_the_order_of_the_images_matters():
 def test_report_images_that_are_calibration_images_too_are_told_of(recwarn):
     both = ConcatDataset([Subset(images(1), range(30)), images(2)])
     with pytest.warns(
-        UserWarning, match=r"^30 of the 110 report images are calibration images, too, so numbers are better"
+        UserWarning, match=r"^30 of the 110 report images are calibration images, too, so numbers may be better"
     ):
         compare({"one": made(1)}, images(1), both, **OWN)
     compare({"one": made(1)}, images(1), images(2), **OWN)

@@ -941,8 +941,14 @@ def test_a_run_on_this_disk_that_names_a_repository_does_not_go_online(named, mo
     assert "'hf-hub:stranger/net'" in refused(named[0], None)
 
 
+def compared() -> list[TensorDataset]:
+    """Images to choose thresholds on, and to report on."""
+    return [TensorDataset(torch.randn(16, *SIZE)) for _ in range(2)]
+
+
 ACTS = {
     "evaluate": lambda model, _: ptee.evaluate(model, TensorDataset(torch.randn(4, *SIZE)), speed=False),
+    "compare": lambda model, _: ptee.compare({"one": model}, *compared(), lines=("own",), progress=False),
     "save": lambda model, folder: model.save_pretrained(folder),
     "export": lambda model, folder: ptee.export(model, folder, mean=[0.5], std=[0.5]),
 }
@@ -951,7 +957,7 @@ ACTS = {
 FOR_THE_CPU = pytest.mark.cpu("files are made on the CPU")
 
 
-@pytest.mark.parametrize("act", ["evaluate", "save", pytest.param("export", marks=FOR_THE_CPU)])
+@pytest.mark.parametrize("act", ["evaluate", "compare", "save", pytest.param("export", marks=FOR_THE_CPU)])
 def test_weights_that_changed_after_the_heads_learned_are_told_of(act, folder, net, tmp_path, recwarn):
     model = ptee.load(folder, backbone=net)
     before = net.fc.bias.clone()
