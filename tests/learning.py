@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import ptee
+from ptee.data.batches import SAMPLED_MARKS
 from ptee.training.history import History
 from ptee.training.training_data import SAMPLES
 
@@ -84,7 +85,7 @@ class Interrupted(Dataset[Any]):
     """The data, until an error is raised after training has read so many items."""
 
     def __init__(self, items: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.left, self.error = items + 2 * SAMPLES, error  # some are read before
+        self.left, self.error = items + 2 * SAMPLES + min(SAMPLED_MARKS, N), error  # some are read before
 
     def __len__(self) -> int:
         return N

@@ -23,7 +23,9 @@ MARKED_VALUES = 256  # of an image, by which it is known again
 MARK_BYTES = 6
 MARK_LETTERS = 2 * MARK_BYTES
 SAMPLED_MARKS = 64
+FEW = 3  # of these may be copies of others, and say nothing about the rest
 NO_MARK = -1
+TRAINED_ON = "trained_on"  # in a model's results: by which the images that its heads learned from are known again
 # Where a process that loads images ends, its connection is lost before torch raises the error that says so.
 SECONDS_TO_END = 1.0
 
@@ -305,6 +307,31 @@ def marks_of(images: Tensor) -> Tensor:
 def number_of_shared(marks: Tensor, others: Tensor) -> int:
     """How many of these marks (n,) are among others (m,)."""
     return int(torch.isin(marks[marks != NO_MARK], others).sum())
+
+
+def known_by(data: Any) -> dict[str, Any]:
+    """By what the images of a map-style data set are known again: their number, and the marks of some all over it.
+
+    Where each reading draws other images, none will be known.
+    """
+    n = len(data)
+    places = torch.linspace(0, n - 1, min(SAMPLED_MARKS, n), dtype=torch.float64, device="cpu").long().tolist()
+    images, _ = batch_of([data[i] for i in places])
+    return {"images": n, "marks": sample_of_marks(marks_of(images))}
+
+
+def share_known_again(sample: Any, taken_from: Any, marks: Tensor) -> float:
+    """About which share of the images with these marks (n,) is among those that a sample of marks was taken from.
+
+    `taken_from` is their number. A stranger may have written both.
+    """
+    known = marks_in(sample)
+    if not (here := number_of_shared(known, marks)):
+        return 0.0
+    if here <= FEW < len(known):
+        return here / len(marks)
+    size = taken_from if type(taken_from) is int else len(marks)
+    return min(1.0, here / len(known) * size / len(marks))
 
 
 def sample_of_marks(marks: Tensor) -> str:

@@ -42,6 +42,7 @@ from ptee.tuning.config import DropsConfig
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import curves
 from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repeated, require_same_images, truncation
+from ptee.tuning.tune import known_images
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
@@ -115,6 +116,9 @@ def compare(
         for before, again in zip(pair or now, now, strict=True):
             require_same_images(before.sample, again.sample)
         pair = now
+        for trained in dict.fromkeys(known_images(model, traces.marks, own=False) for traces in pair):
+            if trained:
+                warn(f"{name}: {trained}")
         if keep is not None:
             keep[name] = replace(as_answered(model, pair.report), logits=None, confidence_logits=None)
         own = _of_run(name, _with_times(pair, times, name), allowed, wanted, model.answers)

@@ -26,7 +26,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.saving import warn_of_changes
 from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
-from ptee.tuning.tune import chosen_on_these, outcome_in_force
+from ptee.tuning.tune import known_images, outcome_in_force
 
 __all__ = ["Results", "Row", "evaluate"]
 
@@ -95,7 +95,7 @@ def evaluate(
             confidence=view.confidence, answers=view.answers, doubt=doubted(model, rows[0].accuracy, traces.answers.shape[1]),
         )  # fmt: skip
         outcome, loses_too_much = outcome_in_force(view, found.to_dict())
-        seen = "" if threshold is not None else chosen_on_these(view, traces.marks)
+        seen = known_images(view, traces.marks, own=threshold is None)
         found = replace(found, seen=seen, outcome=outcome, loses_too_much=loses_too_much)
         if keep:
             model.results = (model.results or {}) | found.to_dict()

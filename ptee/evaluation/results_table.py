@@ -69,7 +69,7 @@ class Results:
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         doubt: that the backbone is near chance under the labels, in a sentence; else empty. Then no accuracy says anything.
-        seen: a sentence that the thresholds were chosen on some of these images, if they were; else empty.
+        seen: sentences that the heads were trained, or the thresholds chosen, on some of these images, if they were; else empty.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.

@@ -214,7 +214,7 @@ def _fit(
         history = _train(model, for_heads, recipe, job, complete, placed_by)
         if not is_main_process():
             return model
-        model.results = {"data": data.record}
+        model.results = (model.results or {}) | {"data": data.record}
         _set_confidence(model, for_confidence, recipe, job)
         times = _measured_pieces(model, recipe, job)
         report, outcome = _set_thresholds(model, data, target, recipe, job, times)

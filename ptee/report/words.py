@@ -19,7 +19,7 @@ from ptee.model.card import other_settings
 from ptee.model.early_exit import EarlyExitModel
 from ptee.report import facts
 from ptee.report.reported import Reported
-from ptee.tuning.tune import chosen_on_these, interval_words
+from ptee.tuning.tune import interval_words, known_images
 
 Rows = list[tuple[str, ...]]
 
@@ -94,7 +94,7 @@ def what_it_gives(of: Reported) -> Iterator[str]:
         yield "No image was read for this page, so it says only what the run recorded."
         if others := other_settings(of.model, of.results):
             yield f"{printable(others)} Leave out --recorded to measure it as it is."
-    elif seen := chosen_on_these(of.model, of.traces.marks):
+    elif seen := known_images(of.model, of.traces.marks):
         yield seen
 
 

@@ -31,7 +31,7 @@ from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
 from ptee.backbones.weights import learnable_hashes
-from ptee.data.batches import batches, is_loader, odd_labels
+from ptee.data.batches import TRAINED_ON, batches, is_loader, known_by, odd_labels
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -147,6 +147,8 @@ def run_training(
         run = _Training(model, accelerator, config, training, checkpoint, beside)
         if resume:
             run.resume()
+        is_known = samples is not None and not isinstance(train_data, CacheFolder)
+        model.results = {TRAINED_ON: known_by(train_data)} if is_known else None  # others were of other heads
         history = run.fit(loaders, train_data, val_data, on_epoch)
     model.origin = replace(model.origin, learned_from=learnable_hashes(model.backbone))
     return history

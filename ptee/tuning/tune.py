@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ptee._common.errors import DataError, warn
 from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
-from ptee.data.batches import marks_in, number_of_shared, sample_of_marks
+from ptee.data.batches import TRAINED_ON, sample_of_marks, share_known_again
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
@@ -29,6 +30,7 @@ from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
 MANY = 0.1  # share of the images that is known only roughly; fewer may be copies
+A_FEW = "a few of these images"
 
 
 @checked_with(instead={"threshold": "It chooses thresholds; set one of your own by model.threshold = 0.7."})
@@ -115,6 +117,11 @@ def _chosen(
     require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
     if not trusted:
         require_right(target, traces, model.num_classes)
+    if trained := known_images(model, traces.marks, own=False):
+        if config.confidence is not None and A_FEW not in trained:
+            text = f"Nothing can be guaranteed here. {trained}"
+            raise DataError(text, argument="data")
+        warn(trained)
     found = solve(traces, target, one_threshold=config.one_threshold, margin=config.margin, answers=kinds)
     if config.confidence is not None:
         how_sure: dict[str, Any] = {"one_threshold": config.one_threshold, "each_exit": config.each_exit}
@@ -177,22 +184,31 @@ def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None
     return {**target, "unit": str(tuning.get("unit") or "")} if same else None
 
 
-def chosen_on_these(model: EarlyExitModel, marks: Tensor | None) -> str:
-    """A sentence, if a model's thresholds were chosen on some of the images with these marks (n,), else none."""
-    tuning: Any = (model.results or {}).get("tuning")
+def known_images(model: EarlyExitModel, marks: Tensor | None, *, own: bool = True) -> str:
+    """Sentences, if the heads were trained, or the thresholds chosen, on some of the images with these marks (n,); else none.
+
+    Without `own`, the thresholds are others than the model's, which were not chosen on any of these images.
+    """
+    results = model.results or {}
+    trained, chosen = (known if isinstance(known := results.get(key), dict) else {} for key in (TRAINED_ON, "tuning"))
+    found = []
+    if some := _some_of(trained.get("marks"), trained.get("images"), marks):
+        found.append(f"The heads were trained on {some}, so results are better here than on new ones.")
     on_curve = model.curve is not None and model.curve.at(model.threshold) is not None
-    if marks is None or not (on_curve or target_in_force(tuning, model)):
+    in_force = own and (on_curve or target_in_force(chosen, model) is not None)
+    if in_force and (some := _some_of(chosen.get("marks"), chosen.get("samples"), marks)):
+        found.append(f"The thresholds were chosen on {some}, so what is lost here may be less than on new ones.")
+    if found and not all(A_FEW in words for words in found):
+        found.append(f"Give images that nothing was {'trained' if 'heads' in found[0] else 'chosen'} on.")
+    return " ".join(found)
+
+
+def _some_of(sample: Any, taken_from: Any, marks: Tensor | None) -> str:
+    """Which part of the images with these marks is among those that a sample of marks was taken from, in words; empty if none."""
+    share = 0.0 if marks is None else share_known_again(sample, taken_from, marks)
+    if not share:
         return ""
-    sample = marks_in(tuning.get("marks")) if isinstance(tuning, dict) else marks[:0]
-    if not (here := number_of_shared(sample, marks)):
-        return ""
-    chosen_on = tuning.get("samples")
-    share = min(1.0, here / len(sample) * (chosen_on if type(chosen_on) is int else len(marks)) / len(marks))
-    some = "" if share > 1 - MANY else f"about {share:.0%} of " if share > MANY else "a few of "
-    instead = " Give images that nothing was chosen on." if share > MANY else ""
-    return (
-        f"The thresholds were chosen on {some}these images, so what is lost here may be less than on new ones.{instead}"
-    )
+    return "these images" if share > 1 - MANY else f"about {share:.0%} of these images" if share > MANY else A_FEW
 
 
 def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:

@@ -193,3 +193,35 @@ def test_a_few_copies_of_images_that_thresholds_were_chosen_on_are_told_of_and_n
         == "The thresholds were chosen on a few of these images, so what is lost here may be less than on new ones."
     )
     assert many.seen.endswith("Give images that nothing was chosen on.")
+
+
+def test_who_measures_on_images_that_the_heads_were_trained_on_is_told_so(tmp_path):
+    model, ours, others = made(), drawn(80), drawn(80, seed=1)
+    ptee.train(model, ours, epochs=1, views=1)
+    model.save_pretrained(tmp_path / "run")
+    again = ptee.load(tmp_path / "run", backbone=made().detach())
+    half = ConcatDataset([others, Subset(ours, range(40))])
+    for data, some in ((ours, "these images"), (half, r"about [234]\d% of these images")):
+        said = f"^The heads were trained on {some}, so results are better here than on new ones\\. Give images that nothing was trained on\\.$"
+        assert re.search(said, ptee.evaluate(again, data, threshold=0.5, speed=False).seen)
+        with pytest.warns(UserWarning, match=said):
+            ptee.tune(again, data, max_cost=0.9)
+        with pytest.warns(UserWarning, match=said.replace("^", "^mine: ")):
+            ptee.compare({"mine": again}, others, data, drops=[0.1])
+    assert not ptee.evaluate(again, others, threshold=0.5, speed=False).seen
+
+
+def test_nothing_is_guaranteed_on_images_that_the_heads_were_trained_on():
+    model, ours = made(), drawn(80)
+    ptee.train(model, ours, epochs=1, views=1)
+    before = model.threshold
+    with pytest.raises(DataError, match=r"^Nothing can be guaranteed here\. The heads were trained on these images"):
+        ptee.tune(model, ours, max_fidelity_drop=0.5, confidence=0.9)
+    assert model.threshold == before
+
+
+def test_results_of_other_heads_are_forgotten_when_these_are_trained_again():
+    model, ours, others = made(), drawn(80), drawn(80, seed=1)
+    ptee.evaluate(model, others, speed=False, keep=True)
+    ptee.train(model, ours, epochs=1, views=1)
+    assert "rows" not in model.results
