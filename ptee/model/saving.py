@@ -79,6 +79,7 @@ class Run:
 
 def describe(model: Any) -> dict[str, Any]:
     """What config.json says of an early-exit model."""
+    _require_as_built(model)
     network, plan, tensors = model.origin, model.plan, tensor_hashes(model.origin.module)
     if network.hashes not in (None, tensors) and network.source is not None and not network.learnt:
         _tell_changes(network)
@@ -102,6 +103,22 @@ def describe(model: Any) -> dict[str, Any]:
         "backbone_tensors": tensors,
         "learned_from": network.learned_from if network.learned_from != tensors else None,
     }
+
+
+def _require_as_built(model: Any) -> None:
+    """Refuse weights of which a run could be written, and never be loaded."""
+    parts = {"heads": model.heads} | ({"backbone": model.backbone} if model.origin.learnt else {})
+    now = {f"{part}.{name}" for part, module in parts.items() for name in module.state_dict()}
+    built = {name for name in model.tensor_names if name.split(".")[0] in parts}
+    if odd := sorted(built - now) or sorted(now - built):
+        raise RunError(
+            f"These weights are not kept as they were built: {some(odd, 3)}. torch.nn.utils.prune, parametrizations and quantisation do "
+            "that. Save before that, or make it permanent first (prune.remove, parametrize.remove_parametrizations)."
+        )
+    if odd := [name for name, weight in model.heads.named_parameters() if not weight.isfinite().all()]:
+        raise RunError(
+            f"Values of the heads are not finite (inf or NaN), so no run is written: {some(odd, 3)}. Train them again."
+        )
 
 
 def _tell_changes(network: Backbone) -> None:

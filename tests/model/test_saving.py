@@ -20,6 +20,7 @@ from device import seeded
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import TensorDataset
 
 import ptee
@@ -1015,3 +1016,31 @@ def test_a_network_in_another_type_that_is_converted_has_the_same_weights(net, t
     ptee.train(model, data, epochs=1, batch_size=4)
     model.float().save_pretrained(tmp_path / "single")
     assert not any("its heads learned from" in str(warning.message) for warning in recwarn)
+
+
+def pruned(part: nn.Module) -> None:
+    prune.l1_unstructured(part, "weight", 0.5)
+
+
+def normed(part: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(part)
+
+
+@pytest.mark.parametrize("change", [pruned, normed])
+def test_heads_that_are_kept_under_other_names_are_not_saved_over_a_run(change, original, folder, net):
+    before = (folder / "config.json").read_bytes()
+    model = ptee.load(folder, backbone=net)
+    change(model.heads[0].logits)
+    with pytest.raises(RunError, match=r"not kept as they were built: heads\.0\.logits\.weight\. .*prune\.remove"):
+        model.save_pretrained(folder)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_heads_with_values_that_are_not_finite_are_not_saved_over_a_run(original, folder, net):
+    before = (folder / "config.json").read_bytes()
+    model = ptee.load(folder, backbone=net)
+    with torch.no_grad():
+        model.heads[1].logits.bias[0] = math.nan
+    with pytest.raises(RunError, match=r"not finite .* 1\.logits\.bias\. Train them again\.$"):
+        model.save_pretrained(folder)
+    assert (folder / "config.json").read_bytes() == before
