@@ -19,7 +19,7 @@ import ptee
 from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee._common.files import as_path
 from ptee._common.validation import named
-from ptee.analysis.freezing import Attachment, one_parameter
+from ptee.analysis.freezing import Attachment, device_of, one_parameter
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
@@ -338,7 +338,7 @@ class EarlyExitModel(
         if self.detached:
             raise detached()
         require_images(x, self.plan.input_size[0])
-        require_device(x, next(self.heads.parameters()).device)
+        require_device(x, device_of(self.heads))
         self._hold.keep()
         own = one_parameter(self.backbone).dtype
         if x.dtype == own:
@@ -351,7 +351,7 @@ class EarlyExitModel(
     def prepared(self, x: Tensor) -> Tensor:
         """Images (b, c, h, w) of a data set, moved to the model's device and number type, if `predict` would take them then."""
         require_images(x, self.plan.input_size[0])
-        return x.to(next(self.heads.parameters()).device, one_parameter(self.backbone).dtype)
+        return x.to(device_of(self.heads), one_parameter(self.backbone).dtype)
 
     def _run(self, call: Call, x: Tensor) -> Tensor:
         """The backbone's answer in a call, with gradients only where the images or the backbone require them."""
@@ -387,7 +387,7 @@ class EarlyExitModel(
         """The thresholds of a call: for each exit a number or a tensor (b,)."""
         if threshold is None:
             return list(self._thresholds)
-        return for_each_row(threshold, len(self.exits), rows, next(self.heads.parameters()).device)
+        return for_each_row(threshold, len(self.exits), rows, device_of(self.heads))
 
     # -------------------------------------------------------------------------------------------- saving
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ptee._common.clock import in_turns, ratio
 from ptee._common.progress import with_bar
 from ptee._common.text import table
-from ptee.analysis.freezing import hooked, sparing
+from ptee.analysis.freezing import device_of, hooked, sparing
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -91,7 +91,7 @@ def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds
     require_early_exit(model)
     checked_sizes(batch_sizes)
     cases = [case for b in with_bar(batch_sizes, "measuring sizes of batches") for case in _cases(model, b, rounds)]
-    device = next(model.heads.parameters()).device
+    device = device_of(model.heads)
     return Bench(model.plan.backbone, device.type, torch.get_num_threads(), len(model.exits), tuple(cases))
 
 
