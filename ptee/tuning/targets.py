@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee.data.splits import shuffled
 from ptee.exits.blend import OWN
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.tuning.config import Target, ThresholdsConfig
@@ -283,7 +284,7 @@ def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) 
     optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
     """
     whole = candidates[0].traces
-    order = torch.randperm(whole.answers.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    order = shuffled(whole.answers.shape[1])
     drawn = order[:MAX_IMAGES].to(whole.answers.device)
     images = len(drawn)
     if images < 2 * FOLDS:
