@@ -231,7 +231,7 @@ class EarlyExitModel(
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
         thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
-        call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
+        call = kind(self, len(x), thresholds, steps)
         seen = unseen if soft else self.watching(x, audited=threshold is None)
         try:
             out = call.result(self._run(call, x) if len(x) else self._no_rows(x))
@@ -255,14 +255,14 @@ class EarlyExitModel(
         if len(x) == 0:
             empty = HeadOutput(self._no_rows(x), x.new_zeros(0, dtype=torch.float32))
             return self._all_exits([empty] * len(self.exits), empty.logits)
-        call = RecordAll(self.exit_hooks, list(self.heads), self.plan, len(x))
+        call = RecordAll(self, len(x))
         answer = self._run(call, x)
         return self._all_exits(call.outputs, answer)
 
     def read(self, x: Tensor) -> Reading:
         """The heads' inputs for images (b, c, h, w), and the backbone's answer: all that training needs of the backbone."""
         self.require_ready(x)
-        call = RecordInputs(self.exit_hooks, list(self.heads), self.plan, len(x))
+        call = RecordInputs(self, len(x))
         answer = self._run(call, x)
         return Reading(tuple(call.inputs), answer)
 
