@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.progress import with_bar
-from ptee._common.text import table
+from ptee._common.text import or_dash, table
 from ptee.analysis.freezing import device_of, hooked, sparing
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
@@ -80,8 +80,7 @@ saving reached: (1 - time) / (1 - best time)."""
 
 
 def _cells(case: Case) -> tuple[str, ...]:
-    best = "-" if case.limit is None else f"{case.limit:.3f}"
-    saved = "-" if case.saved is None else f"{case.saved:.1%}"
+    best, saved = or_dash(case.limit, ".3f"), or_dash(case.saved, ".1%")
     over = f"{case.time / case.counted - 1:+.1%}"
     return (str(case.batch), case.leaving, f"{case.time:.3f}", f"{case.counted:.3f}", over, best, saved)
 
