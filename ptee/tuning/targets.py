@@ -17,11 +17,12 @@ from torch import Tensor
 from ptee._common.errors import PteeError
 from ptee.data.splits import shuffled
 from ptee.exits.blend import OWN
+from ptee.production.curve import ROUNDING
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.tuning.config import Target, ThresholdsConfig
 from ptee.tuning.reachable import Margin, losses_of, require_reachable, unreachable
 from ptee.tuning.solution import Solution
-from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
+from ptee.tuning.threshold_search import Choice, Problem, objective
 from ptee.tuning.traces import Traces
 
 DEFAULTS = ThresholdsConfig()
