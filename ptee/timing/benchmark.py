@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.progress import with_bar
-from ptee._common.text import or_dash, table
+from ptee._common.text import number_of, or_dash, table
 from ptee.analysis.freezing import device_of, hooked, sparing
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
@@ -73,7 +73,7 @@ saving reached: (1 - time) / (1 - best time)."""
     def __str__(self) -> str:
         title = ("batch", "who leaves", "time", "cost", "time over cost", "best time", "saving reached")
         return (
-            f"{self.backbone} with {self.exits} exit{'s' * (self.exits != 1)} on {self.device}{in_threads(self.device, self.threads)}\n"
+            f"{self.backbone} with {number_of(self.exits, 'exit')} on {self.device}{in_threads(self.device, self.threads)}\n"
             + "Times and costs are divided by the bare backbone's.\n\n"
             + table([title, *map(_cells, self.cases)], left={1})
         )
