@@ -204,7 +204,11 @@ class Runner:
 
     def from_host(self, x: np.ndarray) -> Array:
         """Images (b, c, h, w) float32 as `predict` takes them: of the model's number type, and a tensor for pt2."""
-        return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
+        if self.manifest.format == "onnx":
+            return x.astype(self.manifest.dtype)
+        import torch
+
+        return torch.from_numpy(x).to(getattr(torch, self.manifest.dtype))
 
 
 @checked
@@ -344,12 +348,6 @@ def _like(t: Array, values: np.ndarray) -> Array:
     import torch
 
     return torch.from_numpy(values).to(t.device)
-
-
-def _tensor(x: np.ndarray, dtype: str) -> Array:
-    import torch
-
-    return torch.from_numpy(x).to(getattr(torch, dtype))
 
 
 USAGE = "usage: python -m ptee.deploy.runner FOLDER IMAGE ..."
