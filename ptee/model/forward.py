@@ -98,15 +98,14 @@ class Call:
     restarted = False  # this is not the first pass of the call
 
     def __init__(self, model: Any, batch: int) -> None:
-        heads, plan = list(model.heads), model.plan
+        heads: list[nn.Module] = list(model.heads)
+        plan: Plan = model.plan
         if len(heads) != len(plan.exits):
             raise PteeError(
                 f"This model has {len(heads)} heads for {len(plan.exits)} exits. Put back those that were taken out, or make it again "
                 "with ptee.augment. To do without an exit, set model.off = [its number]."
             )
-        self.hooks: Sequence[ExitHook] = model.exit_hooks
-        self.heads: Sequence[nn.Module] = heads
-        self.plan: Plan = plan
+        self.hooks, self.heads, self.plan = model.exit_hooks, heads, plan
         self.rows = ActiveRows(batch)
         self.passed = 0
         self._enabled = torch.is_grad_enabled()
