@@ -133,8 +133,7 @@ class Runner:
         self, rows: np.ndarray, limits: np.ndarray, own: Array, blended: Array
     ) -> tuple[np.ndarray, int, Array, np.ndarray]:
         """Rows that no exit could take get the backbone's own answer."""
-        exits = [piece.exit for piece in self.manifest.pieces[:-1]]
-        possible = (limits[rows][:, exits] <= 1).any(1)
+        possible = (limits[rows][:, self.manifest.ends[:-1]] <= 1).any(1)
         logits = answers_at_end(possible, own, blended)
         return rows, len(self.manifest.exits), logits, np.ones(len(rows), dtype=np.float32)
 
