@@ -16,7 +16,7 @@ from ptee._common.files import as_path, plain
 from ptee._common.progress import Log, counted
 from ptee._common.text import number_of, spelt
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.backbones.weights import answering_hash, weights_hash
+from ptee.backbones.weights import recorded_hash, weights_hash
 from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, read_names, recorded_classes
 from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
@@ -157,7 +157,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     """What identifies a model: its heads, its backbone and how it takes images; and the confidence that is recorded."""
     return {
         "heads": weights_hash(model.heads)[:16],
-        "backbone": answering_hash(model.backbone, model.plan.input_size)[:16],
+        "backbone": recorded_hash(model.backbone, model.plan.input_size),
         "exits": [e.name for e in model.exits],
         "classes": model.num_classes,
         "input": plain(model.origin.input),
