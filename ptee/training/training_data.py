@@ -107,13 +107,13 @@ class TrainingData:
         if views == 1:
             return data
         if isinstance(data, CacheFolder):
-            text, given = " needs images, and a cache holds one view of each. Give ", Argument("views", str(views))
-            raise DataError(given, text, Argument("views", "1"), ".", argument="views", value=views)
-        if is_loader(data):
+            text = " needs images, and a cache holds one view of each. Give "
+        elif is_loader(data):
             text = f" needs a data set, and this is a {type(data).__name__}, which makes its own batches. Give its data set, or "
-            given = Argument("views", str(views))
-            raise DataError(given, text, Argument("views", "1"), ".", argument="views", value=views)
-        return Views(data, views, seed=self.config.seed, mirror=self.config.mirror)
+        else:
+            return Views(data, views, seed=self.config.seed, mirror=self.config.mirror)
+        given, one = Argument("views", str(views)), Argument("views", "1")
+        raise DataError(given, text, one, ".", argument="views", value=views)
 
     def _cached(
         self, data: Any, words: str, stack: ExitStack, callback: Callable[[Estimate], None] | None = None
