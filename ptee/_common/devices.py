@@ -130,19 +130,24 @@ def _not_launched(given: Mapping[str, str], why: str) -> PteeError:
     )
 
 
+def _was_launched() -> bool:
+    """Whether the environment says that this may be one of several processes."""
+    return bool({*LAUNCH, *MPI} & os.environ.keys())
+
+
 def require_launch(device: str | torch.device | None) -> None:
     """Refuse a process that is one of several which cannot be reached, before it does minutes of work on this device.
 
     Where the environment says nothing of several processes, nothing is imported or changed.
     """
-    if {*LAUNCH, *MPI} & os.environ.keys():
+    if _was_launched():
         with _state_on(device):
             pass
 
 
 def require_one_process() -> None:
     """Refuse a sweep, which only one process does, where this is one of several that train together."""
-    if {*LAUNCH, *MPI} & os.environ.keys() and (several := process_state().num_processes) > 1:
+    if _was_launched() and (several := process_state().num_processes) > 1:
         raise PteeError(
             f"A sweep runs in one process, and {several} were started. Start it without torchrun or accelerate launch."
         )
@@ -175,7 +180,7 @@ def _state_on(device: str | torch.device | None) -> Iterator[torch.device]:
 
 def of_main_process(call: Callable[[], T], device: str | torch.device | None) -> T:
     """What a call gives. Of several processes that train together on such a device, the first makes it, and all get what it gave."""
-    if not {*LAUNCH, *MPI} & os.environ.keys():
+    if not _was_launched():
         return call()
     from accelerate.utils import broadcast_object_list
 

@@ -55,7 +55,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def renew(self) -> bool:
+    def _renew(self) -> bool:
         """Become a new lock if another thread holds this one, and return whether one did."""
         held = not self._lock.acquire(blocking=False)
         if held:
@@ -109,7 +109,7 @@ class Change:
         finally:
             _CHANGES.release()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Undo it, whoever has entered it."""
         self._users = 0
         _IN_FORCE.remove(self)
@@ -135,11 +135,11 @@ class LongChange(Change):
 def _renew() -> None:
     """In a forked child, free what other threads of its parent held, and undo what they changed."""
     for lock in list(_LOCKS):
-        taken = lock.renew()
+        taken = lock._renew()
         if lock is _CHANGES and taken:
             for change in [change for change in reversed(_IN_FORCE) if not isinstance(change, LongChange)]:
                 with suppress(Exception):  # the other thread was just making or undoing it
-                    change.end()
+                    change._end()
 
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork

@@ -44,6 +44,15 @@ def number_of(n: int, what: str, verb: str = "", *, which: str = "") -> str:
     return f"{n:,} {what}{which} {verb}".rstrip() if n == 1 else f"{n:,} {what}s{which}{VERBS[verb]}"
 
 
+def or_dash(value: float | None, form: str, unit: str = "") -> str:
+    """A number in a table; a dash where there is none.
+
+    >>> or_dash(0.75, ".1%"), or_dash(1.5, ".2f", "x"), or_dash(None, ".4f")
+    ('75.0%', '1.50x', '-')
+    """
+    return "-" if value is None else format(value, form) + unit
+
+
 def threshold_words(threshold: Sequence[float], off: Sequence[int] = ()) -> list[str]:
     """T of each exit for a person to read. off: no image leaves there, and its head does not run; never: no image does, but it runs."""
     return ["off" if n in off else "never" if t > 1 else f"{t:.4g}" for n, t in enumerate(threshold)]

@@ -76,6 +76,12 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
+class ReadRecord(BaseModel):
+    """A frozen part of what ptee wrote. A later version may have written more, which is not looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
 class FrozenConfig(BaseModel):
     """A frozen set of settings. A value that cannot be is refused with a one-line `PteeError`."""
 

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_flatten
 
 from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import exact_arithmetic, scratch_copy
-from ptee.analysis.freezing import hooked
+from ptee.analysis.freezing import hooked, one_parameter
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ def operators_run(module: nn.Module, input_size: tuple[int, int, int], rows: Seq
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake = _fake_copy(module, mode)
-        like = next((p for p in fake.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+        like = one_parameter(fake)
         with torch.no_grad(), mode:
             for n, noted in zip(rows, found, strict=True):
                 images = like.new_empty(n, *input_size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ptee._common.devices import resolve_device
 from ptee._common.errors import PteeError
 from ptee.analysis.replay import make_cached, undo_cached
 
@@ -81,6 +82,11 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
 def one_parameter(module: nn.Module) -> Tensor:
     """A parameter of a network that tells its device and number type."""
     return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+
+
+def device_of(module: nn.Module, wanted: str | torch.device | None = None) -> torch.device:
+    """The device of that name; None: where a network with parameters is."""
+    return next(module.parameters()).device if wanted is None else resolve_device(wanted)
 
 
 @contextmanager

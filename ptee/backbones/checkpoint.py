@@ -265,10 +265,12 @@ def _require_tensors(path: Path, found: Any) -> None:
 
 def _require_few_names(path: Path, found: Any) -> None:
     """Comparing more names, or longer ones, with those of a network would take long."""
-    tensors = [
-        (place, key) for place, value in _dictionaries(found) for key, part in value.items() if isinstance(part, Tensor)
+    names = [
+        (place, key)
+        for place, value in _dictionaries(found)
+        for key, part in value.items()
+        if isinstance(key, str) and isinstance(part, Tensor)
     ]
-    names = [(place, key) for place, key in tensors if isinstance(key, str)]
     if len(names) > MOST_TENSORS:
         raise _too_many(path, len(names))
     for place, name in names:

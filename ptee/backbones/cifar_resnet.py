@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError, unknown
+from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD
 
 DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
@@ -131,8 +132,8 @@ default_cfgs = {  # timm looks here for the input of each network; none has weig
     f"cifar_resnet{depth}": {
         "num_classes": 10,
         "input_size": (3, 32, 32),
-        "mean": (0.485, 0.456, 0.406),  # what the published checkpoints were trained with
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_MEAN,  # what the published checkpoints were trained with
+        "std": IMAGENET_STD,
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "first_conv": "conv1",

@@ -62,6 +62,12 @@ class InputConfig:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
 
+    @property
+    def normalised(self) -> str:
+        """How, in words."""
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
+        return f"normalised by mean {mean} and std {std}"
+
 
 def require_alike(name: str, other: Any, first: str, one: Any) -> None:
     """Refuse to compare networks by name that take images of another size, mean or std. `other` and `one` say which they take."""

@@ -74,9 +74,14 @@ def answering_hash(module: nn.Module, input_size: tuple[int, int, int]) -> str:
     return weights_hash(module, counting_buffers(module, names, input_size) if names else ())
 
 
+def recorded_hash(module: nn.Module, input_size: tuple[int, int, int]) -> str:
+    """The start of `answering_hash`, by which records know a network."""
+    return answering_hash(module, input_size)[:16]
+
+
 def recorded_hashes(module: nn.Module, input_size: tuple[int, int, int]) -> Iterator[str]:
-    """The starts of the hashes by which records may know a network: of `answering_hash`, and of what ptee recorded before."""
-    yield answering_hash(module, input_size)[:16]
+    """The hashes by which records may know a network: `recorded_hash`, and what ptee recorded before."""
+    yield recorded_hash(module, input_size)
     yield weights_hash(module)[:16]
 
 

@@ -11,6 +11,7 @@ import click
 from cloup import command, option, option_group
 
 from ptee._common.errors import Argument, PteeError
+from ptee._common.text import number_of
 from ptee.cli.options import DEVICE, WEIGHTS, File, Real, RunName, in_groups
 from ptee.cli.values import require_runs
 
@@ -164,8 +165,8 @@ def _serve_local(run: str, o: Mapping[str, Any]) -> None:
         click.echo(f"Loading {run}, and measuring how long its pieces take.{_on_pixels(run)}")
         how = Batching(o["max_batch"], o["max_wait_ms"], o["p99_ms"], o["max_queue"], o["rebatch"], o["workers"])
         server = LocalServer(_opened(run, o), how)
-        many = len(server.policy.sizes)
-        click.echo(f"{server.about.backbone}, in {many} piece{'s' * (many > 1)}\n\n{server.policy}\n")
+        many = number_of(len(server.policy.sizes), "piece")
+        click.echo(f"{server.about.backbone}, in {many}\n\n{server.policy}\n")
         app = app_of(server, _rules_of(o))
         run_http(app, where, lambda: click.echo(_answering(o)), grace_s=o["grace_s"])
     finally:

@@ -152,7 +152,6 @@ def open_for(backbone: Any, o: dict[str, Any], seed: int, **more: Any) -> tuple[
 def prepared(backbone: Any, o: dict[str, Any]) -> str:
     """How pictures become images of a backbone, and who says so, in a line."""
     images, library = backbone.input, (backbone.architecture or {}).get("library", "its library")
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
     given = [name for name in IMAGES if o[name] is not None]
     own = f"as {library} has it for {backbone.name}"
     who = f"{', '.join(map(as_option, map(Argument, given)))} as given, the rest {own}" if given else own
@@ -160,7 +159,7 @@ def prepared(backbone: Any, o: dict[str, Any]) -> str:
     other = not {"mean", "std"}.intersection(given) and o["weights"] is not None
     (_, height, width), ask = images.input_size, " If your weights were trained otherwise, give --mean and --std."
     size = f"Pictures are resized ({images.interpolation}), cut to {height} x {width}"
-    return f"{size} and normalised by mean {mean} and std {std}: {who}.{ask * other}"
+    return f"{size} and {images.normalised}: {who}.{ask * other}"
 
 
 def data_for(backbone: Any, recipe: Any, o: dict[str, Any], out: Path) -> tuple[Any, Any]:

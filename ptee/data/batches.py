@@ -19,6 +19,7 @@ from ptee._common.errors import DataError, some
 from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
+IMAGE_KEYS = ("image", "images", "pixel_values")  # of a mapping
 MARKED_VALUES = 256  # of an image, by which it is known again
 MARK_BYTES = 6
 MARK_LETTERS = 2 * MARK_BYTES
@@ -245,7 +246,7 @@ def odd_tensor(x: Tensor) -> str:
 
 def _pick(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
-        images = [batch[key] for key in ("image", "images", "pixel_values") if key in batch]
+        images = [batch[key] for key in IMAGE_KEYS if key in batch]
         labels = [batch[key] for key in ("label", "labels") if key in batch]
         return next(iter(images), None), next(iter(labels), None)
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)

@@ -27,7 +27,7 @@ from ptee._common.listing import (
     tar_members,
     visible,
 )
-from ptee._common.text import spelt
+from ptee._common.text import number_of, spelt
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, with_all_parts, word_of
 
@@ -233,7 +233,7 @@ def _loose(paths: Sequence[Path]) -> list[str]:
     """The archives and pictures among some paths, in words."""
     n = sum(map(_is_picture, paths))
     archives = [path.name for path in paths if path.suffix.lower() in (".tar", *ARCHIVES) and not path.is_dir()]
-    return archives + ([f"{n:,} picture{'s' * (n != 1)} outside of class folders"] if n else [])
+    return archives + ([number_of(n, "picture", which=" outside of class folders")] if n else [])
 
 
 def _refuse_empty_classes(found: _Part, path: Path) -> None:
@@ -261,7 +261,7 @@ def _left_out(found: _Part, part: str) -> list[str]:
     pictures: Counter[str] = Counter()
     for name in found.classes:
         pictures.update({kind: n for kind, n in found.others[name].items() if kind in NO_PICTURES})
-    kinds = [f"{n:,} {kind} file{'s' * (n > 1)}" for kind, n in sorted(pictures.items())]
+    kinds = [number_of(n, f"{kind} file") for kind, n in sorted(pictures.items())]
     left = [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]
     return [f"{words} of {part}" for words in left] if part else left
 

@@ -278,7 +278,8 @@ def copies(some_files: Sequence[File], others: Sequence[File], most: int = COMPA
         for file in files:
             by_size[_size(file)][side].append(file)
     found: list[tuple[File, File]] = []
-    for ours, theirs in sorted((both for size, both in by_size.items() if size > 0 and all(both)), key=_number):
+    pairs = (both for size, both in by_size.items() if size > 0 and all(both))
+    for ours, theirs in sorted(pairs, key=lambda both: sum(map(len, both))):
         if (most := most - len(ours) - len(theirs)) < 0:
             break
         same = {_hash(file): file for file in reversed(theirs)}
@@ -309,10 +310,6 @@ def _hash(file: File) -> bytes:
         return sha256(_read(file).getbuffer()).digest()
     except OSError:
         return b""
-
-
-def _number(files: tuple[list[File], list[File]]) -> int:
-    return len(files[0]) + len(files[1])
 
 
 def _size(file: File) -> int:

@@ -222,9 +222,14 @@ def draw(n: int, sizes: Sequence[int], seed: int) -> tuple[list[int], ...]:
 
     Each part is sorted, so that pictures are read in the order in which they lie on the disk.
     """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
+    order = shuffled(n, seed).tolist()
     ends = [*accumulate(sizes, initial=0), n]
     return tuple(sorted(order[start:end]) for start, end in pairwise(ends))
+
+
+def shuffled(n: int, seed: int = 0) -> torch.Tensor:
+    """(n,) the numbers 0..n-1 in the random order of a seed."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def complete(

@@ -40,7 +40,7 @@ class _Marking(RecordAll):
     """All heads run that would run in `predict`, and a mark is left at each cut."""
 
     def __init__(self, passes: _Passes, batch: int) -> None:
-        super().__init__(passes.exit_hooks, list(passes.heads), passes.plan, batch)
+        super().__init__(passes, batch)
         self.skipped = passes.skipped
 
     def forward(self, backbone: nn.Module, images: Tensor) -> Tensor:

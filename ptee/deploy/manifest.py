@@ -120,6 +120,11 @@ class Manifest(FrozenConfig):
             raise PteeError("pieces and exits that are off do not fit the exits.")
         return self
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The exit at the end of each piece, as they are counted from 0; the number of exits for the last piece."""
+        return (*(piece.exit for piece in self.pieces[:-1]), len(self.exits))
+
 
 def is_exported(folder: str) -> bool:
     """Whether a folder holds what `ptee export` wrote, and no run."""

@@ -133,8 +133,7 @@ class Runner:
         self, rows: np.ndarray, limits: np.ndarray, own: Array, blended: Array
     ) -> tuple[np.ndarray, int, Array, np.ndarray]:
         """Rows that no exit could take get the backbone's own answer."""
-        exits = [piece.exit for piece in self.manifest.pieces[:-1]]
-        possible = (limits[rows][:, exits] <= 1).any(1)
+        possible = (limits[rows][:, self.manifest.ends[:-1]] <= 1).any(1)
         logits = answers_at_end(possible, own, blended)
         return rows, len(self.manifest.exits), logits, np.ones(len(rows), dtype=np.float32)
 
@@ -204,7 +203,11 @@ class Runner:
 
     def from_host(self, x: np.ndarray) -> Array:
         """Images (b, c, h, w) float32 as `predict` takes them: of the model's number type, and a tensor for pt2."""
-        return x.astype(self.manifest.dtype) if self.manifest.format == "onnx" else _tensor(x, self.manifest.dtype)
+        if self.manifest.format == "onnx":
+            return x.astype(self.manifest.dtype)
+        import torch
+
+        return torch.from_numpy(x).to(getattr(torch, self.manifest.dtype))
 
 
 @checked
@@ -344,12 +347,6 @@ def _like(t: Array, values: np.ndarray) -> Array:
     import torch
 
     return torch.from_numpy(values).to(t.device)
-
-
-def _tensor(x: np.ndarray, dtype: str) -> Array:
-    import torch
-
-    return torch.from_numpy(x).to(getattr(torch, dtype))
 
 
 USAGE = "usage: python -m ptee.deploy.runner FOLDER IMAGE ..."

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ptee.production.curve import ROUNDING
+
 LITTLE = 0.05  # of the cost; who saves less hardly saves anything
 SLOWER = 0.95  # times the bare backbone's speed; above it the difference may be noise
-ROUNDING = 1e-9  # of sums of shares
 CHEAPER = (
     "Take fewer or cheaper heads, or batches of another size"  # where heads take too long, however well they answer
 )

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError, warn
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import one_parameter, running_on
+from ptee.analysis.freezing import device_of, one_parameter, running_on
 from ptee.analysis.macs import count
 from ptee.backbones.library import require_alike
 from ptee.backbones.load import Backbone, load_backbone
@@ -106,7 +105,7 @@ def compare(
             "calibration and report are the same images, so numbers may be better than on new ones. Give other images to report on."
         )
     _require_data(parts, networks, batch_size, num_workers)
-    place = next(first.heads.parameters()).device if device is None else resolve_device(device)
+    place = device_of(first.heads, device)
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     logits = _need_logits(models, parts, wanted)
     found: list[Line] = []

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ptee._common.text import number_of, table
-from ptee.evaluation.bottom_line import CHEAPER, FAITHFUL, ROUNDING, Way, bottom_line
+from ptee.evaluation.bottom_line import CHEAPER, FAITHFUL, Way, bottom_line
+from ptee.production.curve import ROUNDING
 from ptee.production.few_images import too_few
 
 COUNTED = "the bare backbone's multiply-accumulates"  # what costs are fractions of, if nothing was measured

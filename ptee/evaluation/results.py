@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio, spread
-from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, PteeError
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import running_on, sparing
+from ptee.analysis.freezing import device_of, running_on, sparing
 from ptee.data.labels import near_chance
 from ptee.data.recorded import recorded
 from ptee.evaluation.metrics import calibration_error, failure_auroc
@@ -76,7 +75,7 @@ def evaluate(
         text = "A folder of traces has no images to time. Give "
         raise PteeError(text, Argument("speed", "False"), ", or measure it apart (ptee bench).", argument="speed")
     warn_of_changes(model.origin)
-    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
+    place = device_of(model.heads, device)
     view = copy.copy(model)  # the same modules with thresholds of its own: other threads see the model unchanged
     if threshold is not None:
         view.threshold = threshold

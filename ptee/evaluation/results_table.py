@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import describe_thresholds, number_of, table
+from ptee._common.text import describe_thresholds, number_of, or_dash, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.traces import Score
@@ -217,8 +217,8 @@ def _scenarios(results: Results) -> str:
     ]
     lines = []
     for name, row in zip(names, results.rows, strict=True):
-        speed = (_shown(row.images_per_s, ",.0f"), _shown(row.speedup, ".2f", "x")) if timed else ()
-        lines.append((name, _shown(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}", *speed))
+        speed = (or_dash(row.images_per_s, ",.0f"), or_dash(row.speedup, ".2f", "x")) if timed else ()
+        lines.append((name, or_dash(row.accuracy, ".4f"), f"{row.fidelity:.4f}", f"{row.cost:.4f}", *speed))
     return table([("", "accuracy", "fidelity", "cost", *timed), *lines], left={0})
 
 
@@ -229,9 +229,9 @@ def _at_exits(results: Results) -> str:
         off = n in results.off
         leave = "-" if off else f"{results.leaving[n]:.1%}"
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
-        quality = _shown(row.failure_auroc, ".3f"), _shown(row.calibration_error, ".3f")
-        lines.append((_exit(results, n), t, leave, _shown(row.right, ".4f"), *quality))
-    right = _shown((results.blended_end or results.rows[0]).right, ".4f")
+        quality = or_dash(row.failure_auroc, ".3f"), or_dash(row.calibration_error, ".3f")
+        lines.append((_exit(results, n), t, leave, or_dash(row.right, ".4f"), *quality))
+    right = or_dash((results.blended_end or results.rows[0]).right, ".4f")
     lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, "", ""))
     return table(lines, left={0})
 
@@ -249,10 +249,6 @@ def _exit(results: Results, n: int) -> str:
 
 def _exits(numbers: tuple[int, ...]) -> str:
     return f"exit{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-
-
-def _shown(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
 
 
 # ---------------------------------------------------------------------------------------------------- what is wrong

@@ -140,7 +140,8 @@ class Placer:
         _require_number(num_exits)
         named, behind, number = self._split_off_input(exits if self.placed else self._read(exits), num_exits)
         at_input = named or front
-        cuts = self._in_backbone(behind, number) if behind or not at_input else []
+        find = self._by_rule if isinstance(behind, str) else self._by_list
+        cuts = find(behind, number) if behind or not at_input else []
         if any(cut.name == INPUT for cut in cuts):
             raise CutError(
                 f"{self.backbone.name} has a module called {INPUT!r}, which is what the exit at the images is called here. "
@@ -187,9 +188,6 @@ class Placer:
     @cached_property
     def _names(self) -> list[str]:
         return [name for name, _ in self.backbone.module.named_modules() if name]
-
-    def _in_backbone(self, exits: str | list[Any], num_exits: int | None) -> list[Cut]:
-        return self._by_rule(exits, num_exits) if isinstance(exits, str) else self._by_list(exits, num_exits)
 
     def _by_list(self, wanted: list[Any], num_exits: int | None) -> list[Cut]:
         if num_exits is not None and num_exits != len(wanted):

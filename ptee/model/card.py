@@ -75,9 +75,8 @@ def _normalised(model: Any) -> str:
     images = model.origin.input
     if not model.origin.pixels_known:
         return "prepared as for the backbone itself (their mean and std are not recorded: nobody gave them)"
-    mean, std = (", ".join(f"{v:g}" for v in values) for values in (images.mean, images.std))
     resized = f"; pictures are resized by {images.interpolation}" if model.origin.source is not None else ""
-    return f"normalised by mean {mean} and std {std}{resized}"
+    return f"{images.normalised}{resized}"
 
 
 def _measured(results: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import ptee
 from ptee._common.errors import PteeError, RunError, first_line, unknown
 from ptee._common.files import as_path
 from ptee._common.validation import named
-from ptee.analysis.freezing import Attachment, one_parameter
+from ptee.analysis.freezing import Attachment, device_of, one_parameter
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
@@ -232,7 +232,7 @@ class EarlyExitModel(
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
         thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
-        call = kind(self.exit_hooks, list(self.heads), self.plan, len(x), self.rule, thresholds, steps)
+        call = kind(self, len(x), thresholds, steps)
         seen = unseen if soft else self.watching(x, audited=threshold is None)
         try:
             out = call.result(self._run(call, x) if len(x) else self._no_rows(x))
@@ -256,14 +256,14 @@ class EarlyExitModel(
         if len(x) == 0:
             empty = HeadOutput(self._no_rows(x), x.new_zeros(0, dtype=torch.float32))
             return self._all_exits([empty] * len(self.exits), empty.logits)
-        call = RecordAll(self.exit_hooks, list(self.heads), self.plan, len(x))
+        call = RecordAll(self, len(x))
         answer = self._run(call, x)
         return self._all_exits(call.outputs, answer)
 
     def read(self, x: Tensor) -> Reading:
         """The heads' inputs for images (b, c, h, w), and the backbone's answer: all that training needs of the backbone."""
         self.require_ready(x)
-        call = RecordInputs(self.exit_hooks, list(self.heads), self.plan, len(x))
+        call = RecordInputs(self, len(x))
         answer = self._run(call, x)
         return Reading(tuple(call.inputs), answer)
 
@@ -339,7 +339,7 @@ class EarlyExitModel(
         if self.detached:
             raise detached()
         require_images(x, self.plan.input_size[0])
-        require_device(x, next(self.heads.parameters()).device)
+        require_device(x, device_of(self.heads))
         self._hold.keep()
         own = one_parameter(self.backbone).dtype
         if x.dtype == own:
@@ -352,7 +352,7 @@ class EarlyExitModel(
     def prepared(self, x: Tensor) -> Tensor:
         """Images (b, c, h, w) of a data set, moved to the model's device and number type, if `predict` would take them then."""
         require_images(x, self.plan.input_size[0])
-        return x.to(next(self.heads.parameters()).device, one_parameter(self.backbone).dtype)
+        return x.to(device_of(self.heads), one_parameter(self.backbone).dtype)
 
     def _run(self, call: Call, x: Tensor) -> Tensor:
         """The backbone's answer in a call, with gradients only where the images or the backbone require them."""
@@ -388,7 +388,7 @@ class EarlyExitModel(
         """The thresholds of a call: for each exit a number or a tensor (b,)."""
         if threshold is None:
             return list(self._thresholds)
-        return for_each_row(threshold, len(self.exits), rows, next(self.heads.parameters()).device)
+        return for_each_row(threshold, len(self.exits), rows, device_of(self.heads))
 
     # -------------------------------------------------------------------------------------------- saving
 

@@ -91,19 +91,21 @@ class ExitHook:
 class Call:
     """One pass of a model through its backbone. The base class only runs the heads: all rows stay and nothing is kept.
 
-    `hooks` and `heads` are the model's, one for each exit; `batch` is the number of rows.
+    `model` has `exit_hooks` and `heads`, one for each exit of its `plan`; `batch` is the number of rows.
     """
 
     skipped: tuple[int, ...] = ()  # exits whose heads do not run
     restarted = False  # this is not the first pass of the call
 
-    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
+    def __init__(self, model: Any, batch: int) -> None:
+        heads: list[nn.Module] = list(model.heads)
+        plan: Plan = model.plan
         if len(heads) != len(plan.exits):
             raise PteeError(
                 f"This model has {len(heads)} heads for {len(plan.exits)} exits. Put back those that were taken out, or make it again "
                 "with ptee.augment. To do without an exit, set model.off = [its number]."
             )
-        self.hooks, self.heads, self.plan = hooks, heads, plan
+        self.hooks, self.heads, self.plan = model.exit_hooks, heads, plan
         self.rows = ActiveRows(batch)
         self.passed = 0
         self._enabled = torch.is_grad_enabled()
@@ -222,8 +224,8 @@ class Call:
 class RecordAll(Call):
     """No row leaves, and the heads' answers are kept."""
 
-    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
-        super().__init__(hooks, heads, plan, batch)
+    def __init__(self, model: Any, batch: int) -> None:
+        super().__init__(model, batch)
         self.outputs: list[HeadOutput] = []
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> None:
@@ -234,8 +236,8 @@ class RecordAll(Call):
 class RecordInputs(Call):
     """No row leaves, and the heads' inputs are kept; the heads do not answer."""
 
-    def __init__(self, hooks: Sequence[ExitHook], heads: Sequence[nn.Module], plan: Plan, batch: int) -> None:
-        super().__init__(hooks, heads, plan, batch)
+    def __init__(self, model: Any, batch: int) -> None:
+        super().__init__(model, batch)
         self.inputs: list[Tensor] = []
 
     def _at_exit(self, n: int, cut: Cut, output: Any, z: Tensor) -> None:
@@ -258,24 +260,22 @@ class _Leavers(NamedTuple):
 class ExitEarly(Call):
     """Rows leave at the first exit n with h_n >= T_n.
 
-    `rule` says what the exits answer and how sure they are; `thresholds` has T of each, a number or (b,); `steps` the modules to
-    replay where the pass must start again.
+    `model` also has the `rule`: what the exits answer and how sure they are. `thresholds` has T of each, a number or (b,); `steps` the
+    modules to replay where the pass must start again.
     """
 
     def __init__(
         self,
-        hooks: Sequence[ExitHook],
-        heads: Sequence[nn.Module],
-        plan: Plan,
+        model: Any,
         batch: int,
-        rule: ExitRule,
         thresholds: Sequence[float | Tensor],
         steps: Mapping[nn.Module, Step] | None = None,
     ) -> None:
-        super().__init__(hooks, heads, plan, batch)
-        self.skipped = plan.skipped
-        self.rule, self.thresholds = rule, thresholds
-        self.keeps_logits |= rule.reads_earlier
+        super().__init__(model, batch)
+        self.skipped = self.plan.skipped
+        self.rule: ExitRule = model.rule
+        self.thresholds = thresholds
+        self.keeps_logits |= self.rule.reads_earlier
         self.cache = ReplayCache(steps or {}, self.rows)
         self._left: list[_Leavers] = []
 

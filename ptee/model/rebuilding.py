@@ -97,11 +97,19 @@ def network_of(run: Run, backbone: nn.Module | None) -> Backbone:
             _fill(module, run)
     images = InputConfig(**about.input.model_dump())
     checked = load_backbone(module, input_size=images.input_size, mean=images.mean, std=images.std)
-    learnt = run.backbone is not None
-    found = Backbone(module, about.name, checked.num_classes, images, about.source, label_space)
-    known, single = run.config.backbone_tensors, in_single_precision(module)
-    learned_from = (run.config.learned_from or known) if single else None
-    return replace(found, learnt=learnt, pixels_known=about.pixels_known, hashes=known, learned_from=learned_from)
+    known = run.config.backbone_tensors
+    return Backbone(
+        module,
+        about.name,
+        checked.num_classes,
+        images,
+        about.source,
+        label_space,
+        learnt=run.backbone is not None,
+        pixels_known=about.pixels_known,
+        hashes=known,
+        learned_from=(run.config.learned_from or known) if in_single_precision(module) else None,
+    )
 
 
 def _its_weights(run: Run) -> str:

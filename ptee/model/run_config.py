@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import printable
-from ptee._common.validation import LARGEST_IMAGE, LONGEST_PATH, Name, Number, Text, Whole
+from ptee._common.validation import LARGEST_IMAGE, LONGEST_PATH, Name, Number, ReadRecord, Text, Whole
 from ptee.backbones.library import MOST_CLASSES, per_channel, require_pixels
 from ptee.exits.config import AUTO, CALIBRATED, PLUS
 from ptee.production.curve import Curve
@@ -69,11 +69,7 @@ Side = Annotated[Whole, Field(gt=0, lt=2**16)]  # of an image
 Threshold = Annotated[float, Field(strict=True, allow_inf_nan=True), BeforeValidator(_number), AfterValidator(_not_nan)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class InputRecord(_Record):
+class InputRecord(ReadRecord):
     """The images that a network takes: (c, h, w), their mean and std for each channel, and how they are resized."""
 
     input_size: tuple[Side, Side, Side]
@@ -92,7 +88,7 @@ class InputRecord(_Record):
         return self
 
 
-class BackboneRecord(_Record):
+class BackboneRecord(ReadRecord):
     """The backbone that the heads were trained on. `hash` is the sha256 of its weights; `source` says how to rebuild it.
 
     `weights_file` holds its weights if it was trained together with the heads: a name in the same folder. `pixels_known`: as of
@@ -108,7 +104,7 @@ class BackboneRecord(_Record):
     pixels_known: Annotated[bool, Field(strict=True)] = True
 
 
-class FrontRecord(_Record):
+class FrontRecord(ReadRecord):
     """The network of the exit at the input."""
 
     name: Name
@@ -116,7 +112,7 @@ class FrontRecord(_Record):
     input: InputRecord
 
 
-class ExitRecord(_Record):
+class ExitRecord(ReadRecord):
     """One exit: the module behind which it stands, and its head."""
 
     name: Name
@@ -124,7 +120,7 @@ class ExitRecord(_Record):
     gate: Name | None = None  # of runs of ptee 0.1.0: a small network that this version does not build
 
 
-class ConfidenceRecord(_Record):
+class ConfidenceRecord(ReadRecord):
     """What the confidence is computed from; a scale and a shift for each exit if the model was calibrated."""
 
     name: Name
@@ -132,7 +128,7 @@ class ConfidenceRecord(_Record):
     shift: tuple[Number, ...]
 
 
-class WeightsRecord(_Record):
+class WeightsRecord(ReadRecord):
     """The weights of the answers so far at one exit: of the exits before it that are on, then its own."""
 
     exit: Whole
@@ -147,28 +143,28 @@ class WeightsRecord(_Record):
         return self
 
 
-class BlendRecord(_Record):
+class BlendRecord(ReadRecord):
     """The weights of blended answers."""
 
     to_the_end: Annotated[bool, Field(strict=True)]
     weights: Annotated[tuple[WeightsRecord, ...], Field(max_length=MOST_EXITS)]
 
 
-class AnswersRecord(_Record):
+class AnswersRecord(ReadRecord):
     """Whether an exit answers by itself ("own") or with those before it ("blended")."""
 
     name: Literal["own", "blended"] = "own"
     blend: BlendRecord | None = None
 
 
-class TensorRecord(_Record):
+class TensorRecord(ReadRecord):
     """One tensor of the heads. The hash is of its type, shape and bytes, shortened."""
 
     dtype: Name
     sha256: Name
 
 
-class RunConfig(_Record):
+class RunConfig(ReadRecord):
     """What config.json says."""
 
     schema_version: Whole

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, table
+from ptee._common.text import number_of, or_dash, table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
@@ -68,13 +68,10 @@ class ExportedResults:
         )
 
     def __str__(self) -> str:
-        def shown(accuracy: float | None) -> str:
-            return "-" if accuracy is None else f"{accuracy:.4f}"
-
         rows = [
             ("", "accuracy", "fidelity", "cost"),
-            ("backbone", shown(self.backbone_accuracy), "1.0000", "1.0000"),
-            ("early exit", shown(self.accuracy), f"{self.fidelity:.4f}", f"{self.cost:.4f}"),
+            ("backbone", or_dash(self.backbone_accuracy, ".4f"), "1.0000", "1.0000"),
+            ("early exit", or_dash(self.accuracy, ".4f"), f"{self.fidelity:.4f}", f"{self.cost:.4f}"),
         ]
         leaving = ", ".join(f"exit {n} {share:.1%}" for n, share in enumerate(self.leaving[:-1]))
         return (

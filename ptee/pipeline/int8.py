@@ -23,7 +23,7 @@ from torch import Tensor
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import DataError, PteeError, first_line
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
-from ptee._common.text import number_of, table
+from ptee._common.text import number_of, or_dash, table
 from ptee._common.writing import free_place
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.pictures import all_broken_named
@@ -71,7 +71,7 @@ class Exported:
         rows = [title]
         for m in self.int8.measured:
             leaving = ", ".join(f"{share:.1%}" for share in self.leaving[m.numbers])
-            accuracy = "-" if m.accuracy is None else f"{m.accuracy:.4f}"
+            accuracy = or_dash(m.accuracy, ".4f")
             times = [f"{t:.2f}" for t in m.times] + ["-"] * (len(TIMED) - len(m.times))  # too few images for a batch
             rows.append(
                 (m.numbers, accuracy, f"{m.fidelity:.4f}", f"{m.cost:.4f}", f"{m.bytes / 1e6:.1f}", *times, leaving)

@@ -268,9 +268,8 @@ def _prepared_otherwise(static: Mapping[str, Any], images: InputConfig) -> Itera
             continue
         (_, height, width), own = network.input.input_size, network.input
         resized = f" of {height} x {width} pixels" if own.input_size != images.input_size else ""
-        mean, std = (", ".join(f"{v:g}" for v in values) for values in (own.mean, own.std))
         alike = (own.mean, own.std) == (images.mean, images.std)
-        normalised = "" if alike else f" normalised by mean {mean} and std {std}"
+        normalised = "" if alike else f" {own.normalised}"
         if words := ",".join(filter(None, (resized, normalised))):
             yield (
                 f"{name} takes images{words}, as {source['library']} has it for that name. If its weights were trained with others, it is "

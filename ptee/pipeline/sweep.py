@@ -14,7 +14,7 @@ from typing import Any
 
 from ptee._common.devices import require_one_process
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
-from ptee._common.text import table
+from ptee._common.text import or_dash, table
 from ptee._common.writing import clear_unfinished, require_writable, write_text
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
@@ -79,7 +79,7 @@ class Sweep:
         cells = [("run", *self.rows[0].settings, *OF_ALL)]
         for row in self.rows:
             numbers = [row.figures[name] for name in (*FIGURES, "backbone")]
-            shown = ["-" if number is None else f"{number:.4f}" for number in numbers]
+            shown = [or_dash(number, ".4f") for number in numbers]
             cells.append((row.folder, *map(str, row.settings.values()), *shown))
         return cells
 

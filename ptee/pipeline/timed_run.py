@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ def _with_images(
 def some_images(data: Any, batch_sizes: Sequence[int]) -> Tensor:
     """(n, c, h, w) images of a data set, spread over all of it: enough for the largest batch."""
     most = max(MOST_IMAGES, *batch_sizes)
-    chosen = torch.utils.data.Subset(data, range(0, len(data), max(1, len(data) // most)))
+    chosen = torch.utils.data.Subset(data, range(0, len(data), max(1, len(data) // most))[:most])
     loader: Any = batches(chosen, batch_size=128, shuffle=False, num_workers=0)
     with all_broken_named([data]):
-        return torch.cat([split_batch(batch)[0] for batch in islice(loader, most)])[:most]
+        return torch.cat([split_batch(batch)[0] for batch in loader])

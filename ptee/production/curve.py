@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import number_of, table, threshold_words
-from ptee._common.validation import LARGEST_LIMIT, FrozenConfig, Name, Number, Whole
+from ptee._common.validation import LARGEST_LIMIT, FrozenConfig, Name, Number, ReadRecord, Whole
 from ptee.production.few_images import hidden
 
 MOST_POINTS = 1000
@@ -27,11 +27,7 @@ Drop = Annotated[Number, Field(ge=-1, le=1)]  # below 0 it is a gain
 Positive = Annotated[Number, Field(ge=0, le=1e9)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Point(_Record):
+class Point(ReadRecord):
     """Thresholds, and what they cost and are expected to lose on other images than those that they were chosen on.
 
     Attributes:
@@ -61,7 +57,7 @@ class Point(_Record):
         return self.cost if self.time_ms is None else self.time_ms
 
 
-class Curve(_Record):
+class Curve(ReadRecord):
     """The points of one model as it is set: with this confidence, this kind of answers and these exits off. Prints as a table.
 
     Attributes:

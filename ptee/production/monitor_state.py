@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import PteeError
-from ptee._common.validation import Name, Number, Text, Whole, from_pydantic
+from ptee._common.validation import Name, Number, ReadRecord, Text, Whole, from_pydantic
 from ptee.production.curve import MOST_POINTS
 
 AGAIN = "Give what monitor.as_dict() returned."
@@ -24,11 +24,7 @@ Count = Annotated[Whole, Field(ge=0, le=10**18)]
 Several = Field(max_length=MOST_POINTS + 1)
 
 
-class _Saved(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Audits(_Saved):
+class _Audits(ReadRecord):
     audited: Count
     differed: Count
 
@@ -59,14 +55,14 @@ class SavedBet(_Audits):
     moment: Moment
 
 
-class SavedTest(_Saved):
+class SavedTest(ReadRecord):
     """A `PromiseTest`."""
 
     seen: Count
     bets: Annotated[tuple[SavedBet, ...], Several]
 
 
-class SavedSettings(_Saved):
+class SavedSettings(ReadRecord):
     """What the promise is of."""
 
     threshold: Annotated[tuple[Number, ...], Several]

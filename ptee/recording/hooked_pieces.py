@@ -80,7 +80,7 @@ class _Cuts(Call):
 
     def __init__(self, pieces: HookedPieces, bucket: Bucket, next_part: Callable[[], None]) -> None:
         model = pieces.model
-        super().__init__(model.exit_hooks, list(model.heads), model.plan, bucket.size)
+        super().__init__(model, bucket.size)
         self.skipped = model.plan.skipped
         self.pieces, self.bucket, self.next_part = pieces, bucket, next_part
         self.memory = Memory(bucket.images)

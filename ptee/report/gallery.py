@@ -83,13 +83,12 @@ def _picture(traces: Traces, leaving: Tensor, images: Any, i: int, names: Sequen
 
 def thumbnail(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> str:
     """An image (c, h, w) as the network takes it, as a small PNG or JPEG in a data: address."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
     scale, shift = (torch.tensor(list(x), dtype=torch.float32, device="cpu")[:, None, None] for x in (std, mean))
     pixels = ((image.float().cpu() * scale + shift).nan_to_num(0).clamp(0, 1) * 255).round().byte()
-    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
-    array = shown.permute(1, 2, 0).squeeze(-1).numpy()
-    small, kind = Image.fromarray(array), "PNG" if max(array.shape[:2]) <= SIDE // 2 else "JPEG"
+    small = to_pil_image(pixels[:3] if len(pixels) >= 3 else pixels[:1])
+    kind = "PNG" if max(small.size) <= SIDE // 2 else "JPEG"
     small.thumbnail((SIDE, SIDE))
     file = BytesIO()
     small.save(file, kind, **({"quality": 80} if kind == "JPEG" else {}))

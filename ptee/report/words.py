@@ -11,12 +11,12 @@ import torch
 
 from ptee import __version__
 from ptee._common.text import describe_thresholds, number_of, printable, quoted, threshold_words
-from ptee.evaluation.bottom_line import ROUNDING
 from ptee.evaluation.results import confidence_quality
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.card import other_settings
 from ptee.model.early_exit import EarlyExitModel
+from ptee.production.curve import ROUNDING
 from ptee.report import facts
 from ptee.report.reported import Reported
 from ptee.tuning.tune import interval_words, known_images

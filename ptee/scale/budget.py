@@ -14,6 +14,7 @@ from torch import Tensor
 from ptee._common.devices import best_precision, wait
 from ptee._common.process import own_random_numbers
 from ptee._common.text import table
+from ptee.analysis.freezing import device_of
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.config import TrainingConfig, epochs_for
@@ -113,7 +114,7 @@ def budget(
     config = config.resolved()
     epochs = epochs_for(images, config.batch_size) if config.epochs == "auto" else int(config.epochs)
     views = 2 if config.views == "auto" else int(config.views)
-    home, before = next(model.heads.parameters()).device, copy.deepcopy(model.heads.state_dict())
+    home, before = device_of(model.heads), copy.deepcopy(model.heads.state_dict())
     try:
         reading, backbone, heads = _rates(model.to(device), config, device)
     finally:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ptee._common.errors import Argument, DataError, PteeError, some, unknown, warn
 from ptee._common.files import as_path, plain
 from ptee._common.progress import Log, counted
-from ptee._common.text import spelt
+from ptee._common.text import number_of, spelt
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.backbones.weights import answering_hash, weights_hash
+from ptee.backbones.weights import recorded_hash, weights_hash
 from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, read_names, recorded_classes
 from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
@@ -129,9 +129,7 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
         log(f"{len(names) - len(missing)} of {len(names)} parts are there already.")
     if log is not None and missing:
         rest = f"; not read: {some(source.not_read, len(source.not_read))}" if source.not_read else ""
-        log(
-            f"{source.place}: about {source.count():,} images in {len(source.files):,} file{'s' * (len(source.files) != 1)}{rest}."
-        )
+        log(f"{source.place}: about {source.count():,} images in {number_of(len(source.files), 'file')}{rest}.")
     with counted("images") as done:
         if missing:
             make(source, missing, job, writer, workers=workers, done=done)
@@ -159,7 +157,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     """What identifies a model: its heads, its backbone and how it takes images; and the confidence that is recorded."""
     return {
         "heads": weights_hash(model.heads)[:16],
-        "backbone": answering_hash(model.backbone, model.plan.input_size)[:16],
+        "backbone": recorded_hash(model.backbone, model.plan.input_size),
         "exits": [e.name for e in model.exits],
         "classes": model.num_classes,
         "input": plain(model.origin.input),

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from ptee.deploy.runner import Answers, Array, answers_at_end, select_rows
 from ptee.serving.pieces import IMAGES, Pieces, Step, in_host_memory
 from ptee.serving.policy import Policy
 from ptee.serving.queues import Answer, Chunk, Queues, Request, joined
+
+if TYPE_CHECKING:
+    from ptee.serving.metrics import Metrics
 
 FADES = 0.98  # of what is remembered of the pace, with each batch
 SLOWEST, STEP = 0.99, 0.1  # the share of answers whose time is to be foreseen, and how fast that is learnt
@@ -35,16 +38,6 @@ class BusyError(PteeError):
         self.seconds = seconds
 
 
-class Heard(Protocol):
-    """What is told of each batch: `Metrics`."""
-
-    def answered(self, exits: Sequence[int], seconds: Sequence[float], cost: float) -> None:
-        """Rows were answered at these exits, so long after they came, at this cost together."""
-
-    def ran(self, piece: int, rows: int, seconds: float) -> None:
-        """A piece answered a batch."""
-
-
 class Engine:
     """Runs rows through the pieces of a model. Any thread may call it.
 
@@ -63,7 +56,7 @@ class Engine:
         policy: Policy,
         *,
         threshold: Callable[[], Sequence[float]],
-        heard: Heard,
+        heard: Metrics,
         watch: Watch | None = None,
         workers: int = 1,
     ) -> None:
@@ -249,16 +242,14 @@ class Engine:
             self._answered = FADES * self._answered + answered
 
     def _answer(self, step: Step, batch: Chunk, logits: Array, h: np.ndarray) -> None:
-        host, cost = in_host_memory(logits), self.pieces.costs[step.exit]
-        numbers, probabilities = host.argmax(1), largest_probability(host)
-        now, waited = time.monotonic(), []
-        columns = zip(batch.of, numbers.tolist(), probabilities.tolist(), h.tolist(), host, strict=True)
-        for (request, i), number, probability, sure, row in columns:
-            request.answers[i] = Answer(number, probability, step.exit, sure, cost, row)
-            waited.append(now - request.began)
-        self._heard.answered(
-            [step.exit] * len(batch), waited, cost * len(batch)
-        )  # first, so that who is told can read it
+        cost = self.pieces.costs[step.exit]
+        answers = answers_of(step, cost, in_host_memory(logits), h)
+        now = time.monotonic()
+        for (request, i), answer in zip(batch.of, answers, strict=True):
+            request.answers[i] = answer
+        waited = [now - request.began for request, _ in batch.of]
+        # first, so that who is told can read it
+        self._heard.answered([step.exit] * len(batch), waited, cost * len(batch))
         for request, _ in batch.of:
             self._one_less(request)
         if self._watch is not None:
@@ -301,6 +292,12 @@ class Engine:
 def _tell(request: Request, found: list[Answer] | Exception) -> None:
     with suppress(RuntimeError):  # its event loop has ended: nobody waits
         request.done(found)
+
+
+def answers_of(step: Step, cost: float, logits: np.ndarray, h: np.ndarray) -> list[Answer]:
+    """The answers of rows that leave behind a piece, from logits (b, K) and h (b,) in host memory; `cost` of each."""
+    columns = zip(logits.argmax(1).tolist(), largest_probability(logits).tolist(), h.tolist(), logits, strict=True)
+    return [Answer(number, probability, step.exit, sure, cost, row) for number, probability, sure, row in columns]
 
 
 def largest_probability(logits: np.ndarray) -> np.ndarray:

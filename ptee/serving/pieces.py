@@ -100,10 +100,7 @@ class Pieces:
 def pieces_of_runner(runner: Runner) -> Pieces:
     """The pieces of an exported model."""
     m = runner.manifest
-    steps = [
-        Step(run, piece.exit if piece.exit >= 0 else len(m.exits), piece.rows)
-        for piece, run in zip(m.pieces, runner.pieces, strict=True)
-    ]
+    steps = [Step(run, end, piece.rows) for piece, end, run in zip(m.pieces, m.ends, runner.pieces, strict=True)]
     return Pieces(about_manifest(m), tuple(steps), m.costs, m.off, m.confidence, m.answers, given_to(m, runner.device))
 
 

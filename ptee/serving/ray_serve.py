@@ -25,10 +25,10 @@ from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.process import no_logs
 from ptee.deploy.runner import Array, answers_at_end, join_rows, select_rows
 from ptee.serving.app import Rules, app_of
-from ptee.serving.engine import BusyError, largest_probability
+from ptee.serving.engine import BusyError, answers_of
 from ptee.serving.local import reserved
 from ptee.serving.metrics import Metrics
-from ptee.serving.pieces import IMAGES, About, Pieces, Source, Step, in_host_memory, part_of, to_host
+from ptee.serving.pieces import IMAGES, About, Source, in_host_memory, part_of, to_host
 from ptee.serving.policy import measure, policy_of
 from ptee.serving.queues import Answer
 from ptee.serving.settings import FixedSettings
@@ -93,7 +93,7 @@ class Piece:
         columns = zip(*(part.alive for part in parts), strict=True)
         joined = [join_rows(list(c), axis) for c, (axis, _) in zip(columns, self._where, strict=True)]
         leaving, behind, logits, h = self._in_batches(joined, np.concatenate([part.limits for part in parts]))
-        answers = _answers(self._step, self._pieces, logits, h)
+        answers = answers_of(self._step, self._pieces.costs[self._step.exit], logits, h)
         found, first = [], 0
         for part in parts:
             last = first + len(part)
@@ -148,11 +148,6 @@ class Piece:
         import torch
 
         return (torch.from_numpy(t) if isinstance(t, np.ndarray) else t).to(self._like.device)
-
-
-def _answers(step: Step, pieces: Pieces, logits: np.ndarray, h: np.ndarray) -> list[Answer]:
-    columns = zip(logits.argmax(1).tolist(), largest_probability(logits).tolist(), h.tolist(), logits, strict=True)
-    return [Answer(number, p, step.exit, sure, pieces.costs[step.exit], row) for number, p, sure, row in columns]
 
 
 async def surely(handle: Any, rows: Rows) -> list[Answer]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.progress import with_bar
-from ptee._common.text import table
-from ptee.analysis.freezing import hooked, sparing
+from ptee._common.text import number_of, or_dash, table
+from ptee.analysis.freezing import device_of, hooked, sparing
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.placement import INPUT
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -73,15 +73,14 @@ saving reached: (1 - time) / (1 - best time)."""
     def __str__(self) -> str:
         title = ("batch", "who leaves", "time", "cost", "time over cost", "best time", "saving reached")
         return (
-            f"{self.backbone} with {self.exits} exit{'s' * (self.exits != 1)} on {self.device}{in_threads(self.device, self.threads)}\n"
+            f"{self.backbone} with {number_of(self.exits, 'exit')} on {self.device}{in_threads(self.device, self.threads)}\n"
             + "Times and costs are divided by the bare backbone's.\n\n"
             + table([title, *map(_cells, self.cases)], left={1})
         )
 
 
 def _cells(case: Case) -> tuple[str, ...]:
-    best = "-" if case.limit is None else f"{case.limit:.3f}"
-    saved = "-" if case.saved is None else f"{case.saved:.1%}"
+    best, saved = or_dash(case.limit, ".3f"), or_dash(case.saved, ".1%")
     over = f"{case.time / case.counted - 1:+.1%}"
     return (str(case.batch), case.leaving, f"{case.time:.3f}", f"{case.counted:.3f}", over, best, saved)
 
@@ -91,7 +90,7 @@ def bench(model: EarlyExitModel, batch_sizes: Sequence[int] = (1, 32), *, rounds
     require_early_exit(model)
     checked_sizes(batch_sizes)
     cases = [case for b in with_bar(batch_sizes, "measuring sizes of batches") for case in _cases(model, b, rounds)]
-    device = next(model.heads.parameters()).device
+    device = device_of(model.heads)
     return Bench(model.plan.backbone, device.type, torch.get_num_threads(), len(model.exits), tuple(cases))
 
 

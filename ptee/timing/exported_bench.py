@@ -139,5 +139,4 @@ def _lines(
 def _limit(runner: Runner, exits: Array, alone: Sequence[Sequence[float]]) -> float:
     """Seconds of the pieces at the numbers of rows that come to them."""
     left = np.asarray([int(e) for e in exits])
-    ends = [piece.exit if piece.exit >= 0 else len(runner.manifest.exits) for piece in runner.manifest.pieces]
-    return sum(seconds[int((left >= end).sum())] for end, seconds in zip(ends, alone, strict=True))
+    return sum(seconds[int((left >= end).sum())] for end, seconds in zip(runner.manifest.ends, alone, strict=True))

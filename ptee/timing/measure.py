@@ -62,7 +62,7 @@ def hook_laps(model: EarlyExitModel, x: Tensor, mark: Mark, one_leaves: bool = F
         thresholds = torch.full((len(x), exits), NEVER, dtype=torch.float64, device="cpu")
         thresholds[:exits].fill_diagonal_(ALWAYS)
     never = model.thresholds_of_call(thresholds, len(x))
-    call = _Timed(model.exit_hooks, list(model.heads), model.plan, len(x), model.rule, never)
+    call = _Timed(model, len(x), never)
     call.mark = mark
     with running(call):
         mark()

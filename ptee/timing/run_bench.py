@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, noise, ratio, spread
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, table
+from ptee._common.text import number_of, or_dash, table
 from ptee.analysis.freezing import sparing
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
@@ -120,13 +120,10 @@ BELOW_ZERO = "lost below 0 is noise: less than the clock can tell, as the limit 
 
 
 def _cells(line: Line, others: bool, energy: bool) -> tuple[str, ...]:
-    def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    eager = [shown(line.over_eager)] if others else []
-    numbers = (shown(line.time), *eager, shown(line.counted), shown(line.limit), shown(line.lost))
-    spent = [shown(None if line.joules is None else 1000 * line.joules / line.batch)] if energy else []
-    return (str(line.batch), line.executor, line.leaving, f"{1000 * line.seconds:.2f}", *numbers, *spent)
+    spent = None if line.joules is None else 1000 * line.joules / line.batch
+    eager, joules = [line.over_eager] * others, [spent] * energy
+    numbers = [or_dash(n, ".3f") for n in (line.time, *eager, line.counted, line.limit, line.lost, *joules)]
+    return (str(line.batch), line.executor, line.leaving, f"{1000 * line.seconds:.2f}", *numbers)
 
 
 def bench_run(

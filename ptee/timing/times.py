@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError, about_run, warn
 from ptee._common.files import to_json
-from ptee._common.text import type_name, with_run
+from ptee._common.text import number_of, type_name, with_run
 from ptee._common.validation import FrozenConfig, Name, Number, Whole, read_record
 from ptee._common.writing import write_text
 from ptee.analysis.freezing import one_parameter
@@ -184,7 +184,7 @@ def device_name(device: torch.device) -> str:
 
 def in_threads(device: str, number: int) -> str:
     """The end of the name of a place to compute: of a CPU, in how many threads."""
-    return f", {number} thread{'s' * (number != 1)}" if device == "cpu" else ""
+    return f", {number_of(number, 'thread')}" if device == "cpu" else ""
 
 
 def save_times(times: Times, folder: Path) -> None:

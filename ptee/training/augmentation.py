@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ptee._common.errors import Argument, PteeError
+from ptee.data.batches import IMAGE_KEYS
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import JOINT, TrainingConfig, shift_for
 
 PADDED_PART = 8  # an image is padded by an eighth of its side, as CIFAR's usual 4 of 32 pixels
 PRIME = 1_000_003
-IMAGE_KEYS = ("image", "images", "pixel_values")
 
 
 class Views(Dataset[Any]):

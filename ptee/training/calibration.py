@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of, table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
+from ptee.analysis.freezing import device_of
 from ptee.data import splits
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, odd_labels, split_batch
 from ptee.data.recorded import recorded
@@ -178,13 +178,13 @@ def calibrate(
         raise unknown("calibration target", target, QUESTIONS, argument="target")
     TrainingConfig(seed=seed)  # refuses a value that is no seed
     model.require_all_on()
-    home = next(model.heads.parameters()).device
+    home = device_of(model.heads)
     if (known := recorded(data)) is not None:
         odds, answers, labels, fault = known[0].for_calibration(model, known[1])
         return _calibrated(model, _Outputs(odds.double(), answers, labels, fault), target)
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     with own_random_numbers(seed), same_each_time:
-        model.to(home if device is None else resolve_device(device)).eval()
+        model.to(device_of(model.heads, device)).eval()
         try:
             outputs = _run_heads(model, loader)
         finally:

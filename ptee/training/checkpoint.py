@@ -21,7 +21,7 @@ from torch import Tensor
 from ptee._common.errors import RunError
 from ptee._common.files import from_json, plain
 from ptee._common.writing import replace_files, writer_of
-from ptee.backbones.weights import answering_hash, storable, weights_hash
+from ptee.backbones.weights import recorded_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import TOGETHER, TrainingConfig, of_another_training, other_settings
@@ -64,7 +64,7 @@ def describe_training(
         "exits": [e.name for e in model.exits],
         "head": model.plan.head,
         "classes": model.num_classes,
-        "backbone": answering_hash(model.backbone, model.plan.input_size)[:16],
+        "backbone": recorded_hash(model.backbone, model.plan.input_size),
         "input": plain(model.origin.input),
         "front": {"weights": weights_hash(front.network)[:16], "input": plain(front.origin.input)}
         if isinstance(front, FrontHead)

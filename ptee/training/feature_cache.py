@@ -34,7 +34,7 @@ from ptee._common.files import as_path, from_json, plain, to_json
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of
 from ptee._common.validation import checked
-from ptee.backbones.weights import answering_hash, recorded_hashes
+from ptee.backbones.weights import recorded_hash, recorded_hashes
 from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
 from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
 from ptee.model.early_exit import EarlyExitModel
@@ -358,7 +358,7 @@ def what_heads_read(model: EarlyExitModel) -> dict[str, Any]:
         raise PteeError("A front reads the images themselves, so there is nothing to cache. Take exits without one.")
     layers = [[str(head.layout), *map(repr, head.parts()[0])] for head in model.heads]  # type: ignore[operator]
     return {
-        "backbone": answering_hash(model.backbone, model.plan.input_size)[:16],
+        "backbone": recorded_hash(model.backbone, model.plan.input_size),
         "input": plain(model.origin.input),
         "exits": [e.name for e in model.exits],
         "layers": layers,

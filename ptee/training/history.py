@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ptee._common.text import table
+from ptee._common.text import or_dash, table
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import COLLAPSED
 from ptee.training.config import ALONE, TrainingConfig
@@ -99,9 +99,8 @@ All but the validation loss were measured on the training images."""
 
 
 def _row(e: Epoch) -> tuple[str, ...]:
-    val_loss = "-" if e.val_loss is None else f"{e.val_loss:.4f}"
     shares = (_joined(e.accuracy), _joined(e.fidelity), _joined(e.leaving))
-    return (str(e.number), f"{e.loss:.4f}", *shares, val_loss, f"{e.seconds:.0f}")
+    return (str(e.number), f"{e.loss:.4f}", *shares, or_dash(e.val_loss, ".4f"), f"{e.seconds:.0f}")
 
 
 def _joined(shares: Sequence[float] | None) -> str:

@@ -136,8 +136,7 @@ def _knowing(wide: Tensor, confidence_logits: Tensor, target: Tensor) -> Tensor:
 def _divergences(log_y: Tensor, target: Tensor) -> Tensor:
     """(E, b) KL divergence of each exit's answer from the target; for labels this is the cross-entropy."""
     if target.dim() == 1:
-        index = target.expand(len(log_y), -1).unsqueeze(-1)
-        return -log_y.gather(-1, index).squeeze(-1)
+        return -_of_class(log_y, target)
     target = target.to(log_y.dtype)
     return (torch.special.xlogy(target, target) - target * log_y).sum(-1)
 
@@ -165,6 +164,12 @@ def blend_log_probs(log_y: Tensor, confidence_logits: Tensor) -> Tensor:
     return torch.stack(blended[::-1])
 
 
+def _of_class(log_y: Tensor, target: Tensor) -> Tensor:
+    """(E+1, b) of log y_n (E+1, b, K) that of the class (b,) of each row."""
+    index = target.expand(len(log_y), -1).unsqueeze(-1)  # (b,) -> (E+1, b, 1)
+    return log_y.gather(-1, index).squeeze(-1)
+
+
 def _cross_entropies(logits: Tensor, confidence_logits: Tensor, target: Tensor) -> Tensor:
     """(E+1,) cross-entropy of the target with each Y_n, mean over the batch."""
     _require_exits(logits, confidence_logits)
@@ -173,8 +178,7 @@ def _cross_entropies(logits: Tensor, confidence_logits: Tensor, target: Tensor) 
     if target.dim() == 2:
         blended = blend_log_probs(log_y, confidence_logits.unsqueeze(-1))  # (E+1, b, K)
         return -(target.to(log_y.dtype) * blended).sum(-1).mean(-1)
-    index = target.expand(len(log_y), -1).unsqueeze(-1)  # (b,) -> (E+1, b, 1)
-    return -blend_log_probs(log_y.gather(-1, index).squeeze(-1), confidence_logits).mean(-1)
+    return -blend_log_probs(_of_class(log_y, target), confidence_logits).mean(-1)
 
 
 def _expected_costs(logits: Tensor, confidence_logits: Tensor, costs: Tensor) -> Tensor:

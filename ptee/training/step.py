@@ -64,8 +64,7 @@ class Step(nn.Module):
         own = {SEPARATE: "temperature", WEIGHTED: "exit_weights"}.get(config.loss, "cost_weight")
         self.weights: dict[str, Any] = {own: getattr(config, own)}
         by_parameters = config.cost_unit != OPERATIONS
-        costs = parameter_costs(model, self.exits) if by_parameters else operation_costs(model, self.exits)
-        self.costs = (*costs[: self.exits], costs[-1])
+        self.costs = (parameter_costs if by_parameters else operation_costs)(model, self.exits)
 
     def forward(self, batch: Tensor | Reading, labels: Tensor | None) -> BatchResult:
         """The result of a batch: images (b, c, h, w), or what the heads read of them, and labels (b,) or None."""
@@ -150,22 +149,18 @@ def flags_kept(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def operation_costs(model: EarlyExitModel, exits: int | None = None) -> tuple[float, ...]:
-    """c_0 .. c_E as shares of the backbone's operations, all heads passed on the way included, or the first `exits` heads."""
-    every = range(len(model.exits))
-    return model.costs if exits in (None, len(every)) else model.plan.switched_off(every[exits:]).costs
+def operation_costs(model: EarlyExitModel, exits: int) -> tuple[float, ...]:
+    """What leaving costs at each of the first `exits` exits, and at the end, with the heads of these: shares of the backbone's operations."""
+    costs = model.plan.switched_off(range(exits, len(model.exits))).costs
+    return (*costs[:exits], costs[-1])
 
 
-def parameter_costs(model: EarlyExitModel, exits: int | None = None) -> tuple[float, ...]:
-    """c_0 .. c_E as shares of the backbone's parameters, all heads passed on the way included, or the first `exits` heads.
-
-    The model is in eval mode.
-    """
+def parameter_costs(model: EarlyExitModel, exits: int) -> tuple[float, ...]:
+    """The same as shares of the backbone's parameters. The model is in eval mode."""
     shares = parameter_shares(model.backbone, model.plan.input_size) | {INPUT: 0.0}
     total = number_of_parameters(model.backbone)
-    own = [number_of_parameters(head) / total for head in model.heads]
-    heads = list(accumulate(0.0 if exits is not None and n >= exits else size for n, size in enumerate(own)))
-    reached = [shares[e.name] for e in model.exits]
+    heads = list(accumulate(number_of_parameters(head) / total for head in model.heads[:exits]))
+    reached = [shares[e.name] for e in model.exits[:exits]]
     return tuple(share + passed for share, passed in zip([*reached, 1.0], [*heads, heads[-1]], strict=True))
 
 

@@ -30,6 +30,7 @@ from ptee._common.text import number_of
 from ptee._common.validation import checked_with
 from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
+from ptee.analysis.freezing import device_of
 from ptee.backbones.weights import learnable_hashes
 from ptee.data.batches import TRAINED_ON, batches, is_loader, known_by, odd_labels
 from ptee.exits.blend import BLENDED, OWN
@@ -192,7 +193,7 @@ def _auto_epochs(config: TrainingConfig, data: Any) -> int:
 @contextmanager
 def _ready_to_learn(model: EarlyExitModel, device: torch.device, joint: bool) -> Iterator[None]:
     """The model is on this device, with gradients, those of the backbone if `joint`; afterwards it is in eval mode where it was."""
-    home = next(model.heads.parameters()).device
+    home = device_of(model.heads)
     with torch.inference_mode(False), torch.enable_grad(), no_autocast(device):
         model.to(device)
         try:

@@ -107,13 +107,13 @@ class TrainingData:
         if views == 1:
             return data
         if isinstance(data, CacheFolder):
-            text, given = " needs images, and a cache holds one view of each. Give ", Argument("views", str(views))
-            raise DataError(given, text, Argument("views", "1"), ".", argument="views", value=views)
-        if is_loader(data):
+            text = " needs images, and a cache holds one view of each. Give "
+        elif is_loader(data):
             text = f" needs a data set, and this is a {type(data).__name__}, which makes its own batches. Give its data set, or "
-            given = Argument("views", str(views))
-            raise DataError(given, text, Argument("views", "1"), ".", argument="views", value=views)
-        return Views(data, views, seed=self.config.seed, mirror=self.config.mirror)
+        else:
+            return Views(data, views, seed=self.config.seed, mirror=self.config.mirror)
+        given, one = Argument("views", str(views)), Argument("views", "1")
+        raise DataError(given, text, one, ".", argument="views", value=views)
 
     def _cached(
         self, data: Any, words: str, stack: ExitStack, callback: Callable[[Estimate], None] | None = None
@@ -229,7 +229,7 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
         return data.identity
     gaps = getattr(data, "gaps", ())
     n = len(data) + len(gaps)
-    drawn = torch.linspace(0, n - 1, min(SAMPLES, n), dtype=torch.float64, device="cpu").long().tolist()
+    drawn = _all_over(n, SAMPLES)
     there = [place for place in drawn if place not in gaps]
     some = Subset(data, [place - sum(gap < place for gap in gaps) for place in there])
     first, second = (_hashes(some) for _ in range(2))
@@ -243,10 +243,14 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
 
 def require_repeating(data: Any) -> None:
     """Refuse a data set of which some images, among those all over it, are others when they are read again."""
-    n = len(data)
-    some = Subset(data, torch.linspace(0, n - 1, min(REPEATED, n), dtype=torch.float64, device="cpu").long().tolist())
+    some = Subset(data, _all_over(len(data), REPEATED))
     if _hashes(some) != _hashes(some):
         raise changing_images()
+
+
+def _all_over(n: int, most: int) -> list[int]:
+    """Some of n places, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(most, n), dtype=torch.float64, device="cpu").long().tolist()
 
 
 def content_hash(data: Any) -> str | None:

@@ -19,7 +19,8 @@ from ptee.exits.blend import MAX_EXITS, OWN, Blend, Exits, fit_blend, subsets
 from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import AUTO
 from ptee.exits.times import Prices
-from ptee.tuning.threshold_search import MAX_EXACT, ROUNDING, Choice, Problem, search, search_each
+from ptee.production.curve import ROUNDING
+from ptee.tuning.threshold_search import MAX_EXACT, Choice, Problem, search, search_each
 from ptee.tuning.traces import Traces
 
 FOLDS = 4  # of a cross-validation

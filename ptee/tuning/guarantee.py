@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import number_of
+from ptee.data.splits import shuffled
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
 from ptee.exits.config import NEVER
@@ -136,7 +137,7 @@ def _paths(traces: Traces, one_threshold: bool) -> list[Threshold]:
 
 def _split(traces: Traces) -> tuple[Traces, Traces]:
     """One image of four, drawn, and the others."""
-    order = torch.randperm(traces.answers.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    order = shuffled(traces.answers.shape[1])
     first = len(order) // ORDER_SHARE
     return traces.rows(order[:first]), traces.rows(order[first:])
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ptee.data.splits import shuffled
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import NEVER
 from ptee.production.curve import Curve, Point
@@ -33,7 +34,7 @@ def operating_points(traces: Traces, found: Solution) -> Curve:
         found: the solution, which is one of the points.
     """
     images = traces.answers.shape[1]
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(0), device="cpu")
+    order = shuffled(images)
     some = found.answering(traces.rows(order[:MAX_IMAGES].to(traces.answers.device)))
     kinds = ["max_fidelity_drop"] if traces.targets is None else ["max_drop", "max_fidelity_drop"]
     never = _point(some, found, [NEVER] * traces.exits)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee.data.labels import near_chance
+from ptee.production.curve import ROUNDING
 from ptee.tuning.candidates import Candidate, searched
 from ptee.tuning.config import EXAMPLES, Target
-from ptee.tuning.threshold_search import ROUNDING, Problem
+from ptee.tuning.threshold_search import Problem
 from ptee.tuning.traces import Traces
 
 Margin = float | Literal["auto"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ptee._common.text import describe_thresholds, number_of
 from ptee.exits.blend import Blend, Exits
+from ptee.production.curve import BARE_TIME
 from ptee.production.few_images import too_few, too_few_for_cost
 from ptee.tuning.config import Promise, Target, below
 from ptee.tuning.traces import Score, Traces
@@ -151,12 +152,12 @@ class Solution:
 
     @property
     def _chosen(self) -> str:
-        if len(self.off) == len(self.threshold) and self.promise:
-            return "all exits off; the backbone answers every image."
-        if len(self.off) == len(self.threshold) and self.unit:
-            how = self.unit.removeprefix("the bare backbone's time ")
-            return f"all exits off: nothing within the target is faster than the bare backbone {how}."
         if len(self.off) == len(self.threshold):
+            if self.promise:
+                return "all exits off; the backbone answers every image."
+            if self.unit:
+                how = self.unit.removeprefix(BARE_TIME)
+                return f"all exits off: nothing within the target is faster than the bare backbone {how}."
             return "all exits off, because none of them pays; the backbone answers every image."
         off = (
             f" Exits that are off do not pay{self._or_unsafe}, and the cost is without their heads." if self.off else ""

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ptee._common.errors import PteeError
+from ptee.data.splits import shuffled
 from ptee.exits.blend import OWN
+from ptee.production.curve import ROUNDING
 from ptee.tuning.candidates import FOLDS, Candidate, searched, ways_to_answer
 from ptee.tuning.config import Target, ThresholdsConfig
 from ptee.tuning.reachable import Margin, losses_of, require_reachable, unreachable
 from ptee.tuning.solution import Solution
-from ptee.tuning.threshold_search import ROUNDING, Choice, Problem, objective
+from ptee.tuning.threshold_search import Choice, Problem, objective
 from ptee.tuning.traces import Traces
 
 DEFAULTS = ThresholdsConfig()
@@ -283,7 +285,7 @@ def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) 
     optimism = (1/n) sum_i loss_i(thresholds chosen on the folds without image i) - limit
     """
     whole = candidates[0].traces
-    order = torch.randperm(whole.answers.shape[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    order = shuffled(whole.answers.shape[1])
     drawn = order[:MAX_IMAGES].to(whole.answers.device)
     images = len(drawn)
     if images < 2 * FOLDS:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ptee.exits.config import NEVER
+from ptee.production.curve import ROUNDING
 
 MAX_EXACT = 6  # up to so many exits every subset is tried; with more, exits are switched off one after another
 WEIGHTS = (1e-3, 1e4)  # of one wrong answer, in costs of the backbone; bisected on a logarithmic scale
@@ -31,7 +32,6 @@ BISECTIONS, MAX_SWEEPS = 12, 20
 IMPROVED = 4  # subsets that moves of two exits are tried on
 PAIR_STEPS, MAX_ROUNDS = 24, 3  # numbers tried for the first exit of a pair; rounds over all pairs
 BATCH = 4  # subsets that are searched at once: more do not fit into a processor's cache
-ROUNDING = 1e-9  # of means over the images
 TIE = 1e-7  # weight of what is limited, to choose among solutions that are equal in what is minimised
 
 

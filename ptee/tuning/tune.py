@@ -20,13 +20,13 @@ from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.production.curve import ROUNDING
 from ptee.tuning.config import EXAMPLES, Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.operating_points import operating_points
 from ptee.tuning.reachable import Margin, require_right
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import DEFAULTS, WITHIN, solve
-from ptee.tuning.threshold_search import ROUNDING
 from ptee.tuning.traces import record
 
 MANY = 0.1  # share of the images that is known only roughly; fewer may be copies

@@ -39,7 +39,9 @@ def row_of(run: Path) -> dict[str, Any]:
         "backbone": bare["accuracy"],
         "operations": own["cost"],
         "paper": sum(share * cost for share, cost in zip(shares, of_paper, strict=True)),
-        "parameters": sum(share * cost for share, cost in zip(shares, parameter_costs(model), strict=True)),
+        "parameters": sum(
+            share * cost for share, cost in zip(shares, parameter_costs(model, len(model.exits)), strict=True)
+        ),
         "epochs": len(epochs),
         "seconds": round(sum(epoch["seconds"] for epoch in epochs)),
     }

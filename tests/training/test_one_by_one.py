@@ -76,9 +76,9 @@ def test_the_cost_of_the_end_counts_the_heads_so_far():
     config = TrainingConfig(loss="joint").resolved()
     first, both = model.plan.exits
     assert Step(model, config, 1).costs == pytest.approx((first.cost, 1 + first.head_cost))
-    assert Step(model, config, 2).costs == Step(model, config).costs == operation_costs(model)
-    assert parameter_costs(model, 1)[-1] < parameter_costs(model)[-1]
-    assert operation_costs(model, 1)[-1] == pytest.approx(operation_costs(model)[-1] - both.head_cost)
+    assert Step(model, config, 2).costs == Step(model, config).costs == operation_costs(model, 2) == model.costs
+    assert parameter_costs(model, 1)[-1] < parameter_costs(model, 2)[-1]
+    assert operation_costs(model, 1)[-1] == pytest.approx(operation_costs(model, 2)[-1] - both.head_cost)
 
 
 def test_the_cosine_begins_again_for_each_exit(monkeypatch):
