@@ -310,15 +310,18 @@ def number_of_shared(marks: Tensor, others: Tensor) -> int:
     return int(torch.isin(marks[marks != NO_MARK], others).sum())
 
 
+def all_over(n: int, most: int) -> list[int]:
+    """Some of n places, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(most, n), dtype=torch.float64, device="cpu").long().tolist()
+
+
 def known_by(data: Any) -> dict[str, Any]:
     """By what the images of a map-style data set are known again: their number, and the marks of some all over it.
 
     Where each reading draws other images, none will be known.
     """
-    n = len(data)
-    places = torch.linspace(0, n - 1, min(SAMPLED_MARKS, n), dtype=torch.float64, device="cpu").long().tolist()
-    images, _ = batch_of([data[i] for i in places])
-    return {"images": n, "marks": sample_of_marks(marks_of(images))}
+    images, _ = batch_of([data[i] for i in all_over(len(data), SAMPLED_MARKS)])
+    return {"images": len(data), "marks": sample_of_marks(marks_of(images))}
 
 
 def share_known_again(sample: Any, taken_from: Any, marks: Tensor) -> float:

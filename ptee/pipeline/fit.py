@@ -18,6 +18,7 @@ from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import Log, silent
 from ptee._common.validation import checked_with
+from ptee.analysis.freezing import device_of
 from ptee.backbones.load import Backbone, load_backbone, rebuild, require_model
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
@@ -367,7 +368,7 @@ def _set_confidence(model: EarlyExitModel, images: Any, recipe: Recipe, job: Job
 
 def _measured_pieces(model: EarlyExitModel, recipe: Recipe, job: Job) -> Times | None:
     """The seconds of each piece on the device of the run, if thresholds are to be chosen by them."""
-    how, home = recipe.thresholds, next(model.heads.parameters()).device
+    how, home = recipe.thresholds, device_of(model.heads)
     if how.cost != TIME:
         return None
     job.log(f"\nThe pieces are measured in batches of up to {how.at_batch} on {job.device}.")

@@ -17,6 +17,7 @@ from ptee._common.progress import Log, silent
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee._common.writing import require_page, require_writable, settle
+from ptee.analysis.freezing import device_of
 from ptee.data.splits import Unseen, parts_for_all
 from ptee.evaluation.comparison import DROPS, smaller_network
 from ptee.evaluation.comparison_lines import LINES
@@ -220,8 +221,7 @@ def write_report(
     unseen = Unseen(saved, data, data.validation, data.split["seed"])
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "device": device, "static": static}
     if cost == TIME:
-        home = next(opened.heads.parameters()).device
-        how |= {"cost": cost, "at_batch": at_batch, "executor": executor, "device": home if device is None else device}
+        how |= {"cost": cost, "at_batch": at_batch, "executor": executor, "device": device_of(opened.heads, device)}
         how["static"] = {name: smaller_network(name, given, opened) for name, given in (static or {}).items()}
     how |= {"drops": drops, "lines": lines, "pictures": pictures}
     run = OpenRun(opened, unseen, "", "" if has_labels(data) else "The images have no labels, so there is no accuracy.")

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from ptee._common.errors import Argument, DataError, warn
 from ptee._common.shares import SharedLoader, ShareOfBatches
-from ptee.data.batches import CpuLoader, batches, is_loader, shared_batches, split_batch
+from ptee.data.batches import CpuLoader, all_over, batches, is_loader, shared_batches, split_batch
 from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
@@ -229,7 +229,7 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
         return data.identity
     gaps = getattr(data, "gaps", ())
     n = len(data) + len(gaps)
-    drawn = _all_over(n, SAMPLES)
+    drawn = all_over(n, SAMPLES)
     there = [place for place in drawn if place not in gaps]
     some = Subset(data, [place - sum(gap < place for gap in gaps) for place in there])
     first, second = (_hashes(some) for _ in range(2))
@@ -243,14 +243,9 @@ def sample_hash(data: Any, *, must_repeat: bool) -> str | None:
 
 def require_repeating(data: Any) -> None:
     """Refuse a data set of which some images, among those all over it, are others when they are read again."""
-    some = Subset(data, _all_over(len(data), REPEATED))
+    some = Subset(data, all_over(len(data), REPEATED))
     if _hashes(some) != _hashes(some):
         raise changing_images()
-
-
-def _all_over(n: int, most: int) -> list[int]:
-    """Some of n places, the first and the last among them."""
-    return torch.linspace(0, n - 1, min(most, n), dtype=torch.float64, device="cpu").long().tolist()
 
 
 def content_hash(data: Any) -> str | None:

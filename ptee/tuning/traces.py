@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from ptee._common.devices import resolve_device
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
 from ptee._common.validation import BATCH_SIZE, checked
-from ptee.analysis.freezing import running_on
+from ptee.analysis.freezing import device_of, running_on
 from ptee.data.batches import (
     UNKNOWN_LABEL,
     batches,
@@ -303,7 +302,7 @@ def record(
     random = own_generator()
     loader = batches(data, batch_size=batch_size, shuffle=False, generator=random, num_workers=num_workers)
     kept = _kept_of_each_batch(loader)
-    place = next(model.heads.parameters()).device if device is None else resolve_device(device)
+    place = device_of(model.heads, device)
     with running_on(place, model):
         for batch in with_bar(loader, "recording exits", progress):
             images, labels = split_batch(batch)
