@@ -41,6 +41,7 @@ COMPILED_PARTS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     (lambda part: hasattr(part.forward, COMPILED),
      "has a compiled forward ({0}), so its modules cannot be hooked. Leave out torch.compile."),
 )  # fmt: skip
+SIGMOIDS = (torch.ops.aten.sigmoid.default, torch.ops.aten.sigmoid_.default)
 SUM_IS_ONE = 1e-2  # also in half precision
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
@@ -149,15 +150,24 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "") -> Tensor:
     )
 
 
-def require_no_probabilities(logits: Tensor, name: str) -> None:
-    """Refuse answers (b, K) behind a softmax: exits give logits, so some rows of a batch would be of one kind and some of the other."""
+def require_no_probabilities(logits: Tensor, name: str, last: object = None) -> None:
+    """Refuse answers (b, K) behind a softmax or a sigmoid: exits give logits, so some rows of a batch would be of one kind and some of the
+    other. `last`: the operator that ran last.
+    """
     if isinstance(logits, FakeTensor):  # it has no values
         return
     rows = logits.float()
-    if (rows >= 0).all() and ((rows.sum(1) - 1).abs() < SUM_IS_ONE).all():
+    if (rows < 0).any() or (rows > 1 + SUM_IS_ONE).any():
+        return
+    if ((rows.sum(1) - 1).abs() < SUM_IS_ONE).all():
         raise BackboneError(
             f"{name} gives probabilities: each row is 0 or more and adds up to 1. Exits give logits. Leave out its softmax, or wrap it in "
             "a module that gives logarithms: forward(self, x): return self.net(x).clamp(min=1e-9).log()."
+        )
+    if last in SIGMOIDS:
+        raise BackboneError(
+            f"{name} ends in a sigmoid, and exits give logits. Leave it out, or wrap the network in a module that gives what was before: "
+            "forward(self, x): return self.net(x).logit(eps=1e-6)."
         )
 
 

@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ptee._common.errors import BackboneError, CutError, unknown
+from ptee._common.errors import BackboneError, CutError, some, unknown
 from ptee.analysis.axes import Axes, AxisTracker, image_axes, layout_of, memory_of
 from ptee.analysis.classifier import logits_of, require_no_probabilities
 from ptee.analysis.fake_run import (
@@ -132,7 +132,8 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    require_no_probabilities(logits, type(module).__name__)
+    last = recorder.operators[-1][0] if recorder.operators else None
+    require_no_probabilities(logits, type(module).__name__, last)
     drawn = [recorder.random] if recorder.random else []
     drawn += [library for library, state in python_numbers().items() if state != numbers[library]]
     if drawn and random_numbers_matter(module, images):
@@ -178,12 +179,12 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
 
 
 def remedy(name: str, cuts: dict[str, Cut]) -> str:
-    """What to type instead: the smallest module around this one that is a cut point."""
+    """What to type instead: the smallest module around this one that is a cut point, or else what there is."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if (outer := ".".join(parts[:end])) in cuts:
             return f"Use {outer!r}, which holds it."
-    return "`ptee plan` lists where exits can stand."
+    return f"Exits can stand at {some(list(cuts))}." if cuts else "No exit can stand anywhere in this network."
 
 
 # ---------------------------------------------------------------------------------------------------- the recording

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
 from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
+from ptee._common.text import number_of
 from ptee._common.validation import LARGEST_IMAGE
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class ModelRequest:
     pretrained: bool  # take the library's published weights
     num_classes: int | None
     input_size: tuple[int, int, int] | None  # (c, h, w)
-    mean: Sequence[float] | None  # per channel
-    std: Sequence[float] | None
+    mean: float | Sequence[float] | None  # per channel
+    std: float | Sequence[float] | None
     args: dict[str, Any]  # further arguments of the library's constructor
     origin: Mapping[str, str | None]  # "tag", "hub" and "revision" of a record's published weights; or empty
     tensors: Sequence[str] = ()  # the names in the file of weights
@@ -173,9 +174,10 @@ def label_space(num_classes: int | None) -> str | None:
 
 
 def per_channel(
-    argument: str, given: Sequence[float] | None, usual: Sequence[float], channels: int
+    argument: str, given: float | Sequence[float] | None, usual: Sequence[float], channels: int
 ) -> tuple[float, ...]:
     """One number for each channel: those that are given (one for each channel or one for all), or else the usual ones."""
+    given = (given,) if isinstance(given, int | float) else given
     values = tuple(float(v) for v in (usual if given is None else given))
     if len(values) == channels:
         return values
@@ -183,7 +185,9 @@ def per_channel(
         return (sum(values) / len(values),) * channels
     if len(values) == 1:
         return values * channels
-    text, found = f"Images of {channels} channels need {channels} numbers for ", f", or one, not {tuple(given)}."
+    many = number_of(channels, "channel")
+    text = f"Images of {many} need {number_of(channels, 'number')} for "
+    found = f"{', or one' * (channels > 1)}, not {values}."
     raise BackboneError(text, Argument(argument), found, argument=argument, value=given)
 
 

@@ -96,8 +96,8 @@ def load_backbone(
     pretrained: bool = True,
     num_classes: int | None = None,
     input_size: Sequence[int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     interpolation: str | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> Backbone:

@@ -267,6 +267,8 @@ def _class_numbers(labels: Any, b: int) -> Tensor:
             advice = " Give labels.long()."
         elif numbers.dim() == 2 and len(numbers) == b and numbers.shape[1] > 1:
             advice = " Of one-hot labels give labels.argmax(-1)."
+        elif isinstance(labels, (list, tuple)) and any(isinstance(label, str) for label in labels):
+            advice = " Of names give the place of each in the backbone's order of classes: names.index(name)."
         raise DataError(f"{said} a {_describe(labels)}.{advice}")
     return numbers.flatten().long()  # (b, 1) -> (b,)
 

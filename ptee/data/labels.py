@@ -44,6 +44,12 @@ HALF_AS_RIGHT = 0.5  # more than the usual gap between training and validation i
 SURE = 3.5  # standard deviations that are no luck
 
 
+def much_less_right(new: float, m: int, seen: float, n: int) -> bool:
+    """Whether a share of right answers on m images is far below that on n others, and not by luck."""
+    mean = (seen * n + new * m) / (n + m)
+    return new <= HALF_AS_RIGHT * seen and seen - new > SURE * (mean * (1 - mean) * (1 / n + 1 / m)) ** 0.5
+
+
 @dataclass(frozen=True)
 class LabelMap:
     """The backbone's class for each class of the data."""
@@ -62,8 +68,7 @@ class LabelMap:
         if self.doubt or not {"train", "validation"} <= self.right.keys():
             return ""
         (seen, n), (new, m) = self.right["train"], self.right["validation"]
-        mean = (seen * n + new * m) / (n + m)
-        if new > HALF_AS_RIGHT * seen or seen - new <= SURE * (mean * (1 - mean) * (1 / n + 1 / m)) ** 0.5:
+        if not much_less_right(new, m, seen, n):
             return ""
         return (
             f"The backbone is right on {new:.0%} of {m} validation images that were tried, and on {seen:.0%} of {n} training images: see "
@@ -257,11 +262,13 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
     if strange:
         absent = sorted(known - {spelt(name) for name in found})
         lost = f" Classes of the model that the data do not have: {some(absent)}." if absent else ""
+        text = f"Classes of the data that the model does not know: {some(strange)}.{lost} "
+        if not absent:
+            raise DataError(text, "The model has all others: leave these out.")
+        file = Argument("classes", "FILE")
         raise DataError(
-            f"Classes of the data that the model does not know: {some(strange)}.{lost} "
-            "Give the folders the names that they had, or name the backbone's classes in a file (",
-            Argument("classes", "FILE"), ").",
-        )  # fmt: skip
+            text, "Give the folders the names that they had, or name the backbone's classes in a file (", file, ")."
+        )
     return recorded
 
 

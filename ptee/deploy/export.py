@@ -80,8 +80,8 @@ def export(
     folder: str | Path,
     *,
     format: str = PT2,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
 ) -> Path:
     """Write the pieces of a model, and all that is needed to run them, into a new folder.
 
@@ -122,7 +122,9 @@ def export(
     return target
 
 
-def _normalised_by(origin: Backbone, mean: Sequence[float] | None, std: Sequence[float] | None) -> Backbone:
+def _normalised_by(
+    origin: Backbone, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
+) -> Backbone:
     """What is written of the backbone, with a mean and std of the user."""
     if mean is None and std is None:
         return origin

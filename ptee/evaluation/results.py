@@ -25,7 +25,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.saving import warn_of_changes
 from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
-from ptee.tuning.tune import known_images, outcome_in_force
+from ptee.tuning.tune import known_images, outcome_in_force, unlike_before
 
 __all__ = ["Results", "Row", "evaluate"]
 
@@ -112,15 +112,13 @@ def about_speed(model: EarlyExitModel, seconds: float = SPEED_SECONDS) -> str:
 
 
 def doubted(model: EarlyExitModel, right: float | None, n: int) -> str:
-    """A sentence, if a trained backbone that did not learn here is near chance under the labels of n images."""
-    if (
-        right is None
-        or model.origin.learnt
-        or model.origin.is_random
-        or not (words := near_chance(right, n, model.num_classes))
-    ):
-        return ""
-    return f"{words}: check that the labels are its class numbers. No accuracy here says anything until they are."
+    """A sentence, if a trained backbone that did not learn here is near chance under the labels of n images, or right on far fewer of
+    them than before.
+    """
+    own = right is None or model.origin.learnt or model.origin.is_random
+    if not own and (words := near_chance(right or 0.0, n, model.num_classes)):
+        return f"{words}: check that the labels are its class numbers. No accuracy here says anything until they are."
+    return unlike_before(model, right, n)
 
 
 def _rows(model: EarlyExitModel, traces: Traces) -> tuple[list[Row], list[float]]:

@@ -40,8 +40,8 @@ def named_front(
     *,
     weights: str | Path | None = None,
     pretrained: bool = True,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
 ) -> FrontHead | str | None:
     """What stands in front of a backbone: the head of a classifier by name or as a module, "auto", or None.
 

@@ -338,9 +338,11 @@ class Placer:
     def _no_room(self, wanted: int, words: str) -> CutError:
         early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]
         if not early:
+            others = [name for name, cut in self.survey.cuts.items() if self.cost(cut) <= LATEST]
             return CutError(
-                f"No exit can stand on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its cost."
-                f"{self._for_example()} Name a module as an exit if you know one that is."
+                f"No place for an exit was found on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its cost."
+                f"{self._for_example()} "
+                + (f"Modules that can be named as exits: {some(others)}." if others else "No other module can be one.")
             )
         return CutError(
             f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "

@@ -25,7 +25,6 @@ from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, Step, 
 from ptee.exits.confidence import leaves
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
-from ptee.exits.plan import Plan
 from ptee.exits.rule import ExitRule
 
 COLLAPSED = 0.95  # share of rows at one exit above which the model acts as a shorter network
@@ -98,8 +97,7 @@ class Call:
     restarted = False  # this is not the first pass of the call
 
     def __init__(self, model: Any, batch: int) -> None:
-        heads: list[nn.Module] = list(model.heads)
-        plan: Plan = model.plan
+        heads, plan = list(model.heads), model.plan
         if len(heads) != len(plan.exits):
             raise PteeError(
                 f"This model has {len(heads)} heads for {len(plan.exits)} exits. Put back those that were taken out, or make it again "
@@ -163,6 +161,13 @@ class Call:
         if self.keeps_logits:
             self._logits[n] = self.rows.moment, said.logits
         return self.on_head_output(n, cut, output, said, earlier)
+
+    def _require_all_rows(self, n: int, found: int) -> None:
+        if found != (left := self.rows.count):
+            text = f"Exit {n} ({self.plan.exits[n].name}) was reached with {found} rows where {left} are left: the backbone takes its batch apart."
+            raise PteeError(
+                f"{text} Give it smaller batches: where ptee makes them, ", Argument("batch_size", str(found)), "."
+            )
 
     def _earlier(self) -> dict[int, Tensor]:
         """The logits (b, K) of the exits so far, of the rows that are still there."""
@@ -230,6 +235,7 @@ class RecordAll(Call):
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> None:
         """Keep what the head answered."""
+        self._require_all_rows(n, len(said.logits))
         self.outputs.append(said)
 
 
@@ -245,6 +251,7 @@ class RecordInputs(Call):
         assert isinstance(head, ExitHead)
         with self._beside_backbone(n):
             x = head.read(z)
+        self._require_all_rows(n, len(x))
         self.inputs.append(x.clone() if cut.overwritten else x)
 
 
@@ -325,13 +332,6 @@ class ExitEarly(Call):
         if cut.steps:
             raise RestartForward
         return cut.select(output, stayers)
-
-    def _require_all_rows(self, n: int, found: int) -> None:
-        if found != self.rows.count:
-            raise PteeError(
-                f"Exit {n} ({self.plan.exits[n].name}) was reached with {found} rows where {self.rows.count} are left: the "
-                "backbone takes its batch apart. Give it smaller batches."
-            )
 
     def _threshold(self, n: int) -> float | Tensor:
         t = self.thresholds[n]

@@ -117,10 +117,8 @@ class Solution:
     @property
     def _with_weights(self) -> str:
         """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights, as the cost is here."""
-        what = "Fidelity is" if self.drop is None else "Accuracy and fidelity are"
-        return (
-            f" {what} as on new images: for each image the blend was fitted to others." if self.weights_fitted else ""
-        )
+        what = "fidelity" if self.drop is None else "accuracy and fidelity"
+        return f" For {what} the blend was fitted, for each image, to the others." if self.weights_fitted else ""
 
     @property
     def _or_unsafe(self) -> str:

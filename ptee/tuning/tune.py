@@ -15,6 +15,7 @@ from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.data.batches import TRAINED_ON, sample_of_marks, share_known_again
+from ptee.data.labels import much_less_right
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
@@ -117,6 +118,8 @@ def _chosen(
     require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
     if not trusted:
         require_right(target, traces, model.num_classes)
+        if words := unlike_before(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1]):
+            warn(words)
     if trained := known_images(model, traces.marks, own=False):
         if config.confidence is not None and A_FEW not in trained:
             text = f"Nothing can be guaranteed here. {trained}"
@@ -184,6 +187,21 @@ def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None
     return {**target, "unit": str(tuning.get("unit") or "")} if same else None
 
 
+def unlike_before(model: EarlyExitModel, right: float | None, n: int) -> str:
+    """A sentence, if the backbone is right on a far smaller share of n images than of those in the model's results; else none."""
+    results = model.results or {}
+    try:
+        seen, m = float(results["rows"][0]["accuracy"]), int(results["samples"])
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):  # there is none, or a stranger wrote it
+        return ""
+    if right is None or not (0 <= seen <= 1 <= m and much_less_right(right, n, seen, m)):
+        return ""
+    return (
+        f"The backbone is right on {right:.1%} of these images, and on {seen:.1%} of those that the model was measured on before. See "
+        "whether these are prepared alike (size, mean and std, channels), and whether their labels are its class numbers."
+    )
+
+
 def known_images(model: EarlyExitModel, marks: Tensor | None, *, own: bool = True) -> str:
     """Sentences, if the heads were trained, or the thresholds chosen, on some of the images with these marks (n,); else none.
 
@@ -238,6 +256,8 @@ def outcome_in_force(model: EarlyExitModel, results: Mapping[str, Any]) -> tuple
     """
     known = target_in_force((model.results or {}).get("tuning"), model)
     if known is None or (known["kind"] == "max_cost" and known["unit"]):
+        return "", False
+    if known["kind"] == "max_drop" and results["doubt"]:  # whether it is kept says nothing
         return "", False
     target = Target(known["kind"], known["limit"])
     outcome, missed = _outcome(target, results, blended=model.answers == BLENDED)

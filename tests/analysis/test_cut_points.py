@@ -193,10 +193,10 @@ def test_a_module_that_is_no_cut_point_is_refused_with_the_reason_and_another_mo
     assert "Use 'part" in str(refusal.value)
 
 
-def test_a_refused_module_inside_no_cut_point_points_to_the_plan():
+def test_for_a_refused_module_inside_no_cut_point_the_cut_points_are_named():
     same = nn.Conv2d(3, 3, 1)
     net = nn.Sequential(same, same, nn.Conv2d(3, 5, 16), nn.Flatten()).eval()
-    with pytest.raises(CutError, match=r"'0'.*called 2 times.*`ptee plan` lists"):
+    with pytest.raises(CutError, match=r"'0'.*called 2 times.*Exits can stand at 2, 3\.$"):
         survey(net, SIZE).cut("0", net)
 
 

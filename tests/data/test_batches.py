@@ -156,6 +156,10 @@ def test_a_batch_without_labels_has_none(batch):
         ((IMAGES, LABELS.float()), "a Tensor (5,) float32. Give labels.long()."),
         ((IMAGES, LABELS + 0.5), "a Tensor (5,) float32."),
         ((IMAGES, torch.eye(5).long()), "a Tensor (5, 5) int64. Of one-hot labels give labels.argmax(-1)."),
+        (
+            (IMAGES, ["a", "b", "a", "c", "a"]),
+            "Of names give the place of each in the backbone's order of classes: names.index(name).",
+        ),
         ((IMAGES[:1], torch.eye(5)[:1]), "it is a Tensor (1, 5) float32. Of one-hot labels give labels.argmax(-1)."),
         ((IMAGES, ("cat",) * 5), "a tuple (str, str"),
     ],

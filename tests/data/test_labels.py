@@ -109,6 +109,8 @@ def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
     run = ["bird", "cat", "dog"]
     with pytest.raises(DataError, match=r"model does not know: kitten\. .* do not have: cat\. .*classes=FILE"):
         recorded_classes(["bird", "dog", "kitten"], run, 3)
+    with pytest.raises(DataError, match=r"model does not know: zebra\. The model has all others: leave these out\.$"):
+        recorded_classes([*run, "zebra"], run, 3)
     assert recorded_classes(["cat", "dog"], run, 3) == run
     assert recorded_classes(["0", "1", "2"], run, 3) is None  # other names altogether
     assert recorded_classes(["cafe\u0301"], ["caf\u00e9"], 1) == ["caf\u00e9"]

@@ -132,6 +132,7 @@ def test_a_network_of_ones_own_is_exported_with_its_mean_and_std(tmp_path, recwa
     [
         ({"mean": [0.5]}, "mean and std go together"),
         ({"mean": [0.5], "std": [0]}, "std, so it must be positive"),
+        ({"mean": 0.5, "std": 0}, "std, so it must be positive"),
         ({"mean": [120], "std": [60]}, "divide by 255"),
         ({"mean": [0.5, 0.5], "std": [1]}, "3 channels need 3 numbers for mean="),
     ],

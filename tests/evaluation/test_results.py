@@ -291,3 +291,20 @@ def test_labels_under_which_the_backbone_is_near_chance_are_doubted_in_place_of_
     assert re.search(said, results.verdict[-1]) and "differ" not in str(results.verdict)
     assert evaluate(model, TensorDataset(x, answers), speed=False).doubt == ""
     assert evaluate(model, TensorDataset(x), speed=False).doubt == ""
+
+
+def test_images_on_which_the_backbone_is_right_far_less_often_than_before_are_doubted(tmp_path):
+    model, x = made(), torch.randn(200, *SIZE, generator=seeded())
+    answers = model.bare(x).argmax(-1)
+    wrong = (answers + torch.arange(len(x), device=answers.device) % 2) % K
+    ptee.tune(model, TensorDataset(x, answers), max_drop=0.5)
+    assert "Target:" in str(evaluate(model, TensorDataset(x, wrong), speed=False))  # nothing is known yet
+    evaluate(model, TensorDataset(x, answers), speed=False, keep=True)
+    said = r"right on 50\.0% of these images, and on 100\.0% of those .* measured on before\. See whether these are prepared alike"
+    model.save_pretrained(tmp_path)
+    results = evaluate(ptee.load(tmp_path, backbone=made().detach()), TensorDataset(x, wrong), speed=False)
+    assert re.search(said, results.doubt) and results.doubt in str(results) and "Target:" not in str(results)
+    with pytest.warns(UserWarning, match=said):
+        ptee.tune(model, TensorDataset(x, wrong), max_fidelity_drop=0.5)
+    model.results = {"rows": [{"accuracy": "x"}]}
+    assert not evaluate(model, TensorDataset(x, wrong), speed=False).doubt

@@ -334,8 +334,32 @@ def test_a_request_that_cannot_be_met_is_refused_with_what_is_possible(case):
 def test_a_network_without_a_place_for_an_exit_is_refused_under_every_number():
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
     for num_exits in (None, 1):
-        with pytest.raises(CutError, match="No exit can stand on Sequential: none of its blocks"):
+        with pytest.raises(CutError, match="No place for an exit was found on Sequential: none of its blocks"):
             plan("pareto", num_exits, module=net)
+
+
+class Folded(nn.Module):
+    """Behind its first module, the rows are halves of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 5)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.first(x).flatten(2).transpose(1, 2)
+        halves = self.block(z.reshape(2 * len(x), -1, 8))
+        return self.last(halves.reshape(len(x), -1, 8).mean(1))
+
+
+def test_where_no_block_ends_in_a_cut_the_modules_that_can_be_exits_are_named():
+    net = Folded().eval()
+    with pytest.raises(
+        CutError, match=r"No place for an exit was found on Folded: .*Modules that can be named as exits: first\.$"
+    ):
+        plan("pareto", 1, module=net)
+    with pytest.raises(CutError, match=r"No exit can stand at 'block': .*Exits can stand at first"):
+        plan(["block"], module=net)
 
 
 @pytest.mark.parametrize("given", [np.array([0.3, 0.6]), torch.tensor([0.3, 0.6])], ids=["NumPy's", "torch's"])

@@ -549,6 +549,20 @@ def test_a_head_that_cannot_read_images_of_another_size_is_named_with_both_sizes
         getattr(model, call)(torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.parametrize("call", ["predict", "all_exits", "read"])
+def test_a_backbone_that_takes_its_batch_apart_asks_for_smaller_batches(call):
+    class Parts(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super(Parts, self).forward(part) for part in x.split(64)])
+
+    model, x = make(Parts()), torch.randn(65, *SIZE)
+    getattr(model, call)(x[:64])
+    with pytest.raises(
+        PteeError, match=r"with 64 rows where 65 are left: .* Give it smaller batches: .*batch_size=64\.$"
+    ):
+        getattr(model, call)(x)
+
+
 def test_an_input_that_takes_another_way_through_the_backbone_is_refused():
     class Switch(Net):
         def forward(self, x: Tensor) -> Tensor:
