@@ -137,11 +137,8 @@ def _marked(default: str, step: str) -> Any:
     """What takes longest is tried with one default alone."""
     if "ONNX" in step:
         return pytest.param(default, step, marks=[needs_onnx, pytest.mark.slow])
-    twice = default == "number type" and step in (
-        "an exported model",
-        "a comparison",
-        "a training with processes that read",
-    )
+    with_number_type = ("a comparison", "a training with processes that read")
+    twice = step == "an exported model" or (default == "number type" and step in with_number_type)
     return slow(default, step) if twice else (default, step)
 
 

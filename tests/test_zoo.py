@@ -30,7 +30,7 @@ SAMPLE = [
         "timm/mambaout",
         "timm/maxxvit",
     ),
-    *("timm/resnet", "timm/tnt", "timm/vision_transformer"),
+    *("timm/resnet", "timm/vision_transformer"),
     *("torchvision/shufflenetv2", "torchvision/squeezenet"),
 ]
 MORE_OF_THESE_KINDS = [
@@ -44,6 +44,7 @@ MORE_OF_THESE_KINDS = [
         "timm/ghostnet",
         "timm/hrnet",
         "timm/levit",
+        "timm/tnt",
     ),
     *("timm/mobilenetv3", "timm/pit", "timm/regnet", "timm/repghost", "timm/starnet", "timm/twins"),
     *("timm/vision_transformer_relpos", "torchvision/mobilenetv3", "timm/nfnet", "timm/efficientnet"),

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from awkward import SIZE, Applying, Net
+from cases import slow
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
@@ -23,7 +24,7 @@ def heavy(monkeypatch):
     monkeypatch.setattr(fake_run, "HEAVY", 0)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s", "pit_ti_224", "hrnet_w18_small"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s", "pit_ti_224", slow("hrnet_w18_small")])
 def test_a_survey_finds_the_same_in_a_fake_run(name, monkeypatch):
     net = timm.create_model(name).eval()
     size = net.pretrained_cfg["input_size"]

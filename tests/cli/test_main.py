@@ -220,7 +220,7 @@ def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
 @pytest.mark.parametrize(
     ("step", "before"),
     [
-        ("_require_same", True),
+        slow("_require_same", True),
         slow("_require_same", False),
         slow("replace_files", True),
         slow("replace_files", False),

@@ -87,7 +87,7 @@ def reading_the_first() -> ptee.EarlyExitModel:
         (made, "learned", "pt2"),
         pytest.param(made, "learned", "onnx", marks=[needs_onnx, pytest.mark.slow]),
         pytest.param(made, "patience", "onnx", marks=[needs_onnx, pytest.mark.slow]),
-        (reading_the_first, "learned", "pt2"),
+        slow(reading_the_first, "learned", "pt2"),
         slow(chained, "learned", "pt2"),
     ],
 )

@@ -134,6 +134,7 @@ def test_exits_can_be_switched_off_and_on_and_the_confidence_changed(mode, x):
         fast.answers = "bogus"
 
 
+@pytest.mark.parametrize("mode", [*MODES, HOOKS], indirect=True)
 @pytest.mark.parametrize("off", [[1], slow([0, 1])], ids=str)
 def test_nobody_leaves_at_an_exit_that_is_off_though_its_head_runs_for_a_later_one(off, mode):
     early = chained()

@@ -155,7 +155,10 @@ def make_final_weights_differ(monkeypatch: pytest.MonkeyPatch, factor: float) ->
 
 @pytest.mark.parametrize(
     "solved",
-    [lambda *a: solve(*a, answers="auto"), lambda t, target: curves(t, [target.limit], ["blended"])["blended"][0]],
+    [
+        lambda *a: solve(*a, answers="auto"),
+        slow(lambda t, target: curves(t, [target.limit], ["blended"])["blended"][0]),
+    ],
 )
 def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_taken(monkeypatch, solved):
     images, target = traces(1), Target("max_drop", 0.02)
@@ -168,7 +171,9 @@ def test_blended_answers_that_miss_the_target_with_their_final_weights_are_not_t
     assert str(found).splitlines()[-1].startswith(f"Each exit answers by itself: {MISS}")
 
 
-@pytest.mark.parametrize(("answers", "unit"), [("auto", "operations"), slow("auto", "time"), ("blended", "operations")])
+@pytest.mark.parametrize(
+    ("answers", "unit"), [("auto", "operations"), slow("auto", "time"), slow("blended", "operations")]
+)
 def test_blended_answers_that_save_nothing_with_their_final_weights_are_not_taken(monkeypatch, answers, unit):
     images, target = traces(1), Target("max_drop", 0.02)
     if unit == "time":
@@ -266,7 +271,7 @@ def test_a_larger_drop_never_costs_more():
     assert costs == sorted(costs, reverse=True)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, slow(1)])
 def test_a_table_of_drops_chooses_as_tune_does(seed):
     images, target = traces(seed, 400), Target("max_drop", 0.02)
     auto = solve(images, target, answers="auto")

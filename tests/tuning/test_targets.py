@@ -407,7 +407,7 @@ def test_a_backbone_that_is_cut_off_runs_one_head_only():
     assert found == [(3 / 4, 2 / 4, 0.25), (4 / 4, 3 / 4, 0.75 - 0.125)]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, slow(1)])
 def test_a_larger_drop_never_costs_more_whatever_the_reserve(seed):
     traces, drops = easy_and_hard(seed, 3, 200), (0.05, 0.0, 0.005, 0.01, 0.02)
     found = curves(traces, drops)["own"]
