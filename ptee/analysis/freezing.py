@@ -85,8 +85,8 @@ def one_parameter(module: nn.Module) -> Tensor:
 
 
 def device_of(module: nn.Module, wanted: str | torch.device | None = None) -> torch.device:
-    """The device of that name; None: where a network with parameters is."""
-    return next(module.parameters()).device if wanted is None else resolve_device(wanted)
+    """The device of that name; None: where a network is."""
+    return one_parameter(module).device if wanted is None else resolve_device(wanted)
 
 
 @contextmanager

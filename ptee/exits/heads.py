@@ -89,6 +89,12 @@ class ExitHead(nn.Module):
     def read(self, z: Tensor) -> Tensor:
         """The input of the first layer that learns: a pooled vector, or the whole map."""
         x = self.layout.to_map(z)
+        if not isinstance(self.confidence.weight, Tensor):  # torch's own quantisation makes a method of it
+            raise PteeError(
+                f"The layers of this head were made into others (a {type(self.confidence).__module__}.{type(self.confidence).__name__}). "
+                "torch's dynamic quantisation looks at all rows together, so a row's answer would depend on the others. Take the model as it "
+                "was; for whole numbers export it (ptee export --int8)."
+            )
         if not torch.is_autocast_enabled(z.device.type):  # parts of the backbone may compute in another type
             x = x.to(self.confidence.weight.dtype)
         for part in self.parts()[0]:

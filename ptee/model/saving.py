@@ -201,7 +201,8 @@ def write(
 def require_saveable(heads: Mapping[str, Tensor], backbone: Mapping[str, Tensor] | None) -> None:
     """Refuse weights that make larger files than a run is loaded from. `backbone`: of one that learns."""
     for name, tensors in {HEADS: heads, BACKBONE: backbone or {}}.items():
-        size, largest = sum(tensor.nbytes for tensor in tensors.values()), LARGEST_BYTES[name]
+        # quantised layers keep what is no tensor, and are refused later
+        size, largest = sum(getattr(tensor, "nbytes", 0) for tensor in tensors.values()), LARGEST_BYTES[name]
         if size + LARGEST_HEADER_BYTES > largest:
             sizes = f"take {size / 2**30:.1f} GiB, and those of a run take less than {largest / 2**30:g} GiB"
             raise RunError(f"The weights for {name} {sizes}. Take a smaller network.")

@@ -549,6 +549,18 @@ def test_a_head_that_cannot_read_images_of_another_size_is_named_with_both_sizes
         getattr(model, call)(torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.cpu("dynamic quantisation is for the CPU")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use", ["predict", "train", "evaluate"])
+def test_heads_whose_layers_were_quantised_are_refused_as_rows_would_depend_on_one_another(use):
+    quantised = torch.ao.quantization.quantize_dynamic(make(), {nn.Linear}).eval()
+    data = TensorDataset(images(), torch.zeros(b, dtype=torch.int64))
+    with pytest.raises(
+        PteeError, match=r"layers of this head were made into others .*depend on the others\. Take the model as it was"
+    ):
+        quantised.predict(images()) if use == "predict" else getattr(ptee, use)(quantised, data)
+
+
 @pytest.mark.parametrize("call", ["predict", "all_exits", "read"])
 def test_a_backbone_that_takes_its_batch_apart_asks_for_smaller_batches(call):
     class Parts(Net):
