@@ -21,6 +21,9 @@ from ptee._common.errors import BackboneError, PteeError
 from ptee.backbones.load import load_backbone
 
 
+OPERATORS = dict(torch.jit._builtins._get_builtin_table())  # as it is before any test
+
+
 class Net(nn.Module):
     def __init__(self, act: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
@@ -61,8 +64,13 @@ WAYS = {
 
 
 @pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """What torch.compile keeps is forgotten before and afterwards."""
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch.compile keeps is forgotten before and afterwards.
+
+    So is what torch.jit learnt: it knows operators by the id() of an object that torch._ops._refresh_packet may have let go, and takes
+    whatever lies there now for an operator.
+    """
+    monkeypatch.setattr(torch.jit._builtins, "_builtin_table", dict(OPERATORS))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
