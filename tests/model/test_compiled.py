@@ -20,7 +20,6 @@ import ptee
 from ptee._common.errors import BackboneError, PteeError
 from ptee.backbones.load import load_backbone
 
-
 OPERATORS = dict(torch.jit._builtins._get_builtin_table())  # as it is before any test
 
 
