@@ -108,7 +108,7 @@ def describe(model: Any) -> dict[str, Any]:
 def _require_as_built(model: Any) -> None:
     """Refuse weights of which a run could be written, and never be loaded."""
     parts = {"heads": model.heads} | ({"backbone": model.backbone} if model.origin.learnt else {})
-    now = {f"{part}.{name}" for part, module in parts.items() for name in module.state_dict()}
+    now = {f"{part}.{name}" for part, module in parts.items() for name in module.state_dict(keep_vars=True)}
     built = {name for name in model.tensor_names if name.split(".")[0] in parts}
     if odd := sorted(built - now) or sorted(now - built):
         raise RunError(
