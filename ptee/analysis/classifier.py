@@ -6,7 +6,7 @@ Any other module is refused with the reason and with what to do about it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,11 @@ COMPILED_PARTS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     (lambda part: hasattr(part.forward, COMPILED),
      "has a compiled forward ({0}), so its modules cannot be hooked. Leave out torch.compile."),
 )  # fmt: skip
-SIGMOIDS = (torch.ops.aten.sigmoid.default, torch.ops.aten.sigmoid_.default)
+SIGMOIDS = {"aten::sigmoid", "aten::sigmoid_"}
+SAME_VALUES = {
+    *("aten::view", "aten::_unsafe_view", "aten::squeeze", "aten::unsqueeze", "aten::transpose", "aten::permute"),
+    *("aten::select", "aten::slice", "aten::clone", "aten::_to_copy", "aten::detach", "aten::alias"),
+}
 SUM_IS_ONE = 1e-2  # also in half precision
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
@@ -150,9 +154,9 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "") -> Tensor:
     )
 
 
-def require_no_probabilities(logits: Tensor, name: str, last: object = None) -> None:
+def require_no_probabilities(logits: Tensor, name: str, operators: Sequence[Any]) -> None:
     """Refuse answers (b, K) behind a softmax or a sigmoid: exits give logits, so some rows of a batch would be of one kind and some of the
-    other. `last`: the operator that ran last.
+    other. `operators`: those that made them, each with its switches.
     """
     if isinstance(logits, FakeTensor):  # it has no values
         return
@@ -164,10 +168,11 @@ def require_no_probabilities(logits: Tensor, name: str, last: object = None) -> 
             f"{name} gives probabilities: each row is 0 or more and adds up to 1. Exits give logits. Leave out its softmax, or wrap it in "
             "a module that gives logarithms: forward(self, x): return self.net(x).clamp(min=1e-9).log()."
         )
-    if last in SIGMOIDS:
+    ran = (operator.name().split(".")[0] for operator, *_ in reversed(operators))
+    if next((each for each in ran if each not in SAME_VALUES), "") in SIGMOIDS:
         raise BackboneError(
             f"{name} ends in a sigmoid, and exits give logits. Leave it out, or wrap the network in a module that gives what was before: "
-            "forward(self, x): return self.net(x).logit(eps=1e-6)."
+            "forward(self, x): return self.net(x).float().logit(eps=1e-6)."
         )
 
 

@@ -132,8 +132,7 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad(), recorder.recording({m: n for n, m in module.named_modules() if n}):
         logits = logits_of(module, images)
         recorder.mark_answer(logits)
-    last = recorder.operators[-1][0] if recorder.operators else None
-    require_no_probabilities(logits, type(module).__name__, last)
+    require_no_probabilities(logits, type(module).__name__, recorder.operators)
     drawn = [recorder.random] if recorder.random else []
     drawn += [library for library, state in python_numbers().items() if state != numbers[library]]
     if drawn and random_numbers_matter(module, images):

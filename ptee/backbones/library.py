@@ -178,7 +178,11 @@ def per_channel(
 ) -> tuple[float, ...]:
     """One number for each channel: those that are given (one for each channel or one for all), or else the usual ones."""
     given = (given,) if isinstance(given, int | float) else given
-    values = tuple(float(v) for v in (usual if given is None else given))
+    try:
+        values = tuple(float(v) for v in (usual if given is None else given))
+    except (TypeError, ValueError) as why:
+        text = f" takes a number, or one for each channel, not {given!r:.80}."
+        raise BackboneError(Argument(argument), text, argument=argument, value=given) from why
     if len(values) == channels:
         return values
     if given is None:  # the model's own configuration has another number of channels

@@ -20,11 +20,12 @@ from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
 IMAGE_KEYS = ("image", "images", "pixel_values")  # of a mapping
-MARKED_VALUES = 256  # of an image, by which it is known again
+MARKED_VALUES = 4096  # of an image, by which it is known again
 MARK_BYTES = 6
 MARK_LETTERS = 2 * MARK_BYTES
-SAMPLED_MARKS = 64
-FEW = 3  # of these may be copies of others, and say nothing about the rest
+SAMPLED_MARKS = 256
+MOST_RECORDS = 8
+FEW = 3  # of these say little about the rest
 NO_MARK = -1
 TRAINED_ON = "trained_on"  # in a model's results: by which the images that its heads learned from are known again
 # Where a process that loads images ends, its connection is lost before torch raises the error that says so.
@@ -297,13 +298,16 @@ def same_images(one: Any, other: Any) -> bool:
 
 
 def marks_of(images: Tensor) -> Tensor:
-    """(b,) int64, a hash of some values of each image (b, c, h, w), the same in any process; NO_MARK for an image of one value."""
+    """(b,) int64, a hash of some values of each image (b, c, h, w), the same in any process; NO_MARK for an image of one colour."""
     places = torch.linspace(0, images.shape[1:].numel() - 1, MARKED_VALUES, dtype=torch.float64, device="cpu").long()
-    channel, row, column = torch.unravel_index(places.to(images.device), images.shape[1:])
+    channel, row, column = (at.contiguous() for at in torch.unravel_index(places.to(images.device), images.shape[1:]))
     few = images.detach()[:, channel, row, column].to("cpu", torch.float32)
     hashes = [blake2b(values.numpy().tobytes(), digest_size=MARK_BYTES).digest() for values in few]
     marks = torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
-    alike = (few == few[:, :1]).all(1) | ~few.isfinite().all(1)
+    first = torch.searchsorted(channel, channel).to(
+        "cpu"
+    )  # for each value the first of its channel: white need not be the same in all
+    alike = (few == few[:, first]).all(1) | ~few.isfinite().all(1)
     return marks.where(~alike, NO_MARK)
 
 
@@ -317,27 +321,38 @@ def all_over(n: int, most: int) -> list[int]:
     return torch.linspace(0, n - 1, min(most, n), dtype=torch.float64, device="cpu").long().tolist()
 
 
-def known_by(data: Any) -> dict[str, Any]:
-    """By what the images of a map-style data set are known again: their number, and the marks of some all over it.
+def known_by(data: Any, changes: bool = False) -> dict[str, Any]:
+    """By what the images of a data set, or of a loader of one, are known again: their number, and the marks of some all over it.
 
-    Where each reading draws other images, none will be known.
+    Nothing of a loader that makes its batches in its own way. Where each reading may draw other images (`changes`), their number is
+    None: nobody knows how many of them are known.
     """
-    images, _ = batch_of([data[i] for i in all_over(len(data), SAMPLED_MARKS)])
-    return {"images": len(data), "marks": sample_of_marks(marks_of(images))}
+    if is_loader(data):
+        plain = isinstance(data, DataLoader) and data.batch_size is not None and data.worker_init_fn is None
+        if not (plain and data.collate_fn is default_collate and _is_map_style(data.dataset)):
+            return {}
+        data, changes = data.dataset, True
+    marks = [marks_of(batch_of([data[i]])[0]) for i in all_over(len(data), SAMPLED_MARKS)]
+    return {"images": None if changes else len(data), "marks": sample_of_marks(torch.cat(marks))}
 
 
-def share_known_again(sample: Any, taken_from: Any, marks: Tensor) -> float:
-    """About which share of the images with these marks (n,) is among those that a sample of marks was taken from.
+def with_record(records: Any, seen: Mapping[str, Any]) -> list[Any]:
+    """The records of all trainings of some heads, the last of these with what `known_by` gave. A stranger may have written the others."""
+    before = [record for record in records if record != seen] if isinstance(records, list) else []
+    return [*before, seen][-MOST_RECORDS:]
 
-    `taken_from` is their number. A stranger may have written both.
+
+def share_known_again(record: Any, marks: Tensor) -> tuple[float, bool]:
+    """About which share of the images with these marks (n,) is among those that `known_by` made a record of, and whether it is known
+    well: neither by few of them, nor by none knows how many. A stranger may have written the record.
     """
-    known = marks_in(sample)
+    record = record if isinstance(record, dict) else {}
+    known, size = marks_in(record.get("marks")), record.get("images")
     if not (here := number_of_shared(known, marks)):
-        return 0.0
-    if here <= FEW < len(known):
-        return here / len(marks)
-    size = taken_from if type(taken_from) is int else len(marks)
-    return min(1.0, here / len(known) * size / len(marks))
+        return 0.0, False
+    counted = type(size) is int and size > 0
+    share = here / len(known) * (size if counted else len(marks)) / len(marks)
+    return min(1.0, share), counted and (here > FEW or here == len(known))
 
 
 def sample_of_marks(marks: Tensor) -> str:

@@ -25,7 +25,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.saving import warn_of_changes
 from ptee.model.thresholds import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
-from ptee.tuning.tune import known_images, outcome_in_force, unlike_before
+from ptee.tuning.tune import known_images, outcome_in_force, unlike_before, usual_right
 
 __all__ = ["Results", "Row", "evaluate"]
 
@@ -93,6 +93,8 @@ def evaluate(
             asked="the backbone's answer" if foretells_agreement(view) else "", for_fidelity=view.for_fidelity, by_time=_by_time(view), spread=differ,
             confidence=view.confidence, answers=view.answers, doubt=doubted(model, rows[0].accuracy, traces.answers.shape[1]),
         )  # fmt: skip
+        usual = usual_right(model) if found.doubt or rows[0].accuracy is None else (rows[0].accuracy, found.samples)
+        found = replace(found, usual_right=usual)
         outcome, loses_too_much = outcome_in_force(view, found.to_dict())
         seen = known_images(view, traces.marks, own=threshold is None)
         found = replace(found, seen=seen, outcome=outcome, loses_too_much=loses_too_much)

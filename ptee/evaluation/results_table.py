@@ -68,8 +68,10 @@ class Results:
         batch_size: at which speed was measured.
         about: where the data came from, in a sentence.
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
-        doubt: that the backbone is near chance under the labels, in a sentence; else empty. Then no accuracy says anything.
+        doubt: that the backbone is near chance under the labels, or right on far fewer images than usual, in a sentence; else empty. Then
+            no accuracy says anything.
         seen: sentences that the heads were trained, or the thresholds chosen, on some of these images, if they were; else empty.
+        usual_right: on which share of how many images the backbone is right, where that is in no doubt: here, or else before.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
@@ -104,6 +106,7 @@ class Results:
     answers: str = ""
     doubt: str = ""
     seen: str = ""
+    usual_right: tuple[float, int] | None = None
 
     @property
     def early_exit(self) -> Row:
@@ -146,15 +149,15 @@ class Results:
         if self.all_off:
             off = "Every exit is off, so the backbone answers all images, whatever T is."
             instead = f"{CHEAPER}." if self.by_time else "Train longer, or give more images to choose T on."
-            return [f"{off} {ON_AGAIN.format(them='exits')} {instead}"]
+            return [f"{off} {ON_AGAIN.format(them='exits')} {instead}", *filter(None, [self.doubt])]
         if min(self.threshold) > 1:
-            return []
+            return [*filter(None, [self.doubt])]
         return [words for words in (_collapsed(self), "" if self.doubt else _differs(self), self.bottom_line) if words]
 
     @property
     def bottom_line(self) -> str:
         """Why early exits do not pay here, or nobody can tell, in the sentence that comes last; empty if they do, or if none are on."""
-        return "" if self.all_off or min(self.threshold) > 1 else self.doubt or _bottom_line(self)
+        return self.doubt or ("" if self.all_off or min(self.threshold) > 1 else _bottom_line(self))
 
     @property
     def legend(self) -> str:

@@ -91,7 +91,7 @@ class EarlyExitModel(
         self.backbone = network.module
         like = one_parameter(network.module)
         self.heads = nn.ModuleList(exit_heads).to(like.device, widest_type(network.module))
-        self.tensor_names = frozenset(self.state_dict(keep_vars=True))  # only these can be saved
+        self.as_built = runs.tensors_of(self)  # only such can be saved
         self.calibrated: Calibrated | None = None
         self.blend: Blend | None = None
         self._answers = OWN

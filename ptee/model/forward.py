@@ -164,10 +164,8 @@ class Call:
 
     def _require_all_rows(self, n: int, found: int) -> None:
         if found != (left := self.rows.count):
-            text = f"Exit {n} ({self.plan.exits[n].name}) was reached with {found} rows where {left} are left: the backbone takes its batch apart."
-            raise PteeError(
-                f"{text} Give it smaller batches: where ptee makes them, ", Argument("batch_size", str(found)), "."
-            )
+            text = f"Exit {n} ({self.plan.exits[n].name}) was reached with {found} rows where {left} are left: the backbone takes its batch apart. Give it smaller batches: where ptee makes them, "
+            raise PteeError(text, Argument("batch_size", str(found if found < left else left // 2)), ".")
 
     def _earlier(self) -> dict[int, Tensor]:
         """The logits (b, K) of the exits so far, of the rows that are still there."""

@@ -105,20 +105,46 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
+def tensors_of(model: Any) -> dict[str, Any]:
+    """Shape and kind of numbers of each tensor of a model, and of its heads whether all are finite, by name."""
+    found: dict[str, Any] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if getattr(tensor, "is_nested", True):  # or no tensor at all
+            found[name] = (), False, True
+            continue
+        floats = tensor.is_floating_point()
+        found[name] = tuple(tensor.shape), floats, not floats or not name.startswith("heads.") or _is_finite(tensor)
+    return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
+
+
 def _require_as_built(model: Any) -> None:
     """Refuse weights of which a run could be written, and never be loaded."""
-    parts = {"heads": model.heads} | ({"backbone": model.backbone} if model.origin.learnt else {})
-    now = {f"{part}.{name}" for part, module in parts.items() for name in module.state_dict(keep_vars=True)}
-    built = {name for name in model.tensor_names if name.split(".")[0] in parts}
-    if odd := sorted(built - now) or sorted(now - built):
+    parts = ("heads.", "backbone.") if model.origin.learnt else ("heads.",)
+    now, built = (
+        {name: kind for name, kind in found.items() if name.startswith(parts)}
+        for found in (tensors_of(model), model.as_built)
+    )
+    if odd := [name for name in sorted({*now, *built}) if now.get(name, ())[:2] != built.get(name, ())[:2]]:
         raise RunError(
-            f"These weights are not kept as they were built: {some(odd, 3)}. torch.nn.utils.prune, parametrizations and quantisation do "
-            "that. Save before that, or make it permanent first (prune.remove, parametrize.remove_parametrizations)."
+            f"These weights are not kept as they were built: {some(odd, 3)}. torch.nn.utils.prune, parametrizations, quantisation and "
+            "torch.compile of a part do that. Save before that, or undo it first (prune.remove, parametrize.remove_parametrizations)."
         )
-    if odd := [name for name, weight in model.heads.named_parameters() if not weight.isfinite().all()]:
+    if odd := [name for name in now if built[name][2] and not now[name][2]]:
         raise RunError(
             f"Values of the heads are not finite (inf or NaN), so no run is written: {some(odd, 3)}. Train them again."
         )
+    if model.origin.learnt and (
+        odd := [name for name, t in model.backbone.state_dict(keep_vars=True).items() if _has_nan(t)]
+    ):
+        raise RunError(f"Values of the backbone are NaN, so no run is written: {some(odd, 3)}. Train it again.")
+
+
+def _has_nan(tensor: Any) -> bool:
+    return not getattr(tensor, "is_nested", True) and tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def _tell_changes(network: Backbone) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ptee import __version__
 from ptee._common.text import describe_thresholds, number_of, printable, quoted, threshold_words
-from ptee.evaluation.results import confidence_quality
+from ptee.evaluation.results import confidence_quality, doubted
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
 from ptee.model.card import other_settings
@@ -87,14 +87,16 @@ def what_it_gives(of: Reported) -> Iterator[str]:
     n = of.traces.answers.shape[1] if of.traces is not None else of.results.get("samples", 0)
     *early, end = (a + b for a, b in zip(own.right, own.wrong, strict=True))
     left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
-    yield f"Of {number_of(n, 'image')} that the exits had not seen, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
+    seen = "" if of.traces is None else known_images(of.model, of.traces.marks)
+    which = "" if seen else " that the exits had not seen"
+    yield f"Of {number_of(n, 'image')}{which}, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
     if (target := of.target) is not None:
         yield _kept(of, own, target, n)
     if of.traces is None:
         yield "No image was read for this page, so it says only what the run recorded."
         if others := other_settings(of.model, of.results):
             yield f"{printable(others)} Leave out --recorded to measure it as it is."
-    elif seen := known_images(of.model, of.traces.marks):
+    elif seen:
         yield seen
 
 
@@ -126,7 +128,7 @@ def _asked(target: Mapping[str, Any]) -> str:
 def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], n: int) -> str:
     """What was asked for, and whether it was kept on these n images."""
     done, words, bare, unit = WISHES[target["kind"]][1], _asked(target), _bare(of), target["unit"]
-    if target["kind"] == "max_drop" and (bare is None or own.accuracy is None):
+    if target["kind"] == "max_drop" and (bare is None or own.accuracy is None or doubted(of.model, bare, n)):
         return f"{words}."
     if target["kind"] == "max_cost" and unit:
         return f"{words} of {unit}. On these images {own.cost:.4f} of the operations was spent."

@@ -32,7 +32,7 @@ from ptee._common.writing import clear_unfinished
 from ptee.analysis.arithmetic import same_each_time
 from ptee.analysis.freezing import device_of
 from ptee.backbones.weights import learnable_hashes
-from ptee.data.batches import TRAINED_ON, batches, is_loader, known_by, odd_labels
+from ptee.data.batches import batches, is_loader, odd_labels
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.config import CALIBRATED, LEARNED
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -45,7 +45,7 @@ from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entrie
 from ptee.training.history import Epoch, History, collapse_of
 from ptee.training.optimizers import optimizer_of, set_cosine_rate
 from ptee.training.step import BatchResult, EpochMeans, EpochSums, Step, Turns, flags_kept, moved, rows_of
-from ptee.training.training_data import TrainingData, sample_hash
+from ptee.training.training_data import TrainingData, noting_images, sample_hash
 
 
 @checked_with(TrainingConfig.model_fields)
@@ -148,9 +148,8 @@ def run_training(
         run = _Training(model, accelerator, config, training, checkpoint, beside)
         if resume:
             run.resume()
-        is_known = samples is not None and not isinstance(train_data, CacheFolder)
-        model.results = {TRAINED_ON: known_by(train_data)} if is_known else None  # others were of other heads
-        history = run.fit(loaders, train_data, val_data, on_epoch)
+        with noting_images(model, train_data, run.history, changes=samples is None):
+            history = run.fit(loaders, train_data, val_data, on_epoch)
     model.origin = replace(model.origin, learned_from=learnable_hashes(model.backbone))
     return history
 

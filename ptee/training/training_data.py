@@ -14,7 +14,17 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from ptee._common.errors import Argument, DataError, warn
 from ptee._common.shares import SharedLoader, ShareOfBatches
-from ptee.data.batches import CpuLoader, all_over, batches, is_loader, shared_batches, split_batch
+from ptee.data.batches import (
+    TRAINED_ON,
+    CpuLoader,
+    all_over,
+    batches,
+    is_loader,
+    known_by,
+    shared_batches,
+    split_batch,
+    with_record,
+)
 from ptee.data.pictures import Pictures
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.augmentation import PRIME, Views
@@ -29,6 +39,7 @@ from ptee.training.feature_cache import (
     changing_images,
     fill,
 )
+from ptee.training.history import History
 
 SHARES = 1024  # of the files of a data set, for `content_hash`
 SAMPLES = 8  # of the data, which are read twice to see whether they are always the same
@@ -188,6 +199,19 @@ class TrainingData:
         else:
             loader = shared_batches(data, sampler, generator=generator, num_workers=self.num_workers)
         return SharedLoader(loader, sampler)
+
+
+@contextmanager
+def noting_images(model: EarlyExitModel, data: Any, history: History, *, changes: bool) -> Iterator[None]:
+    """Around a training: if its heads learn, the model's results are no longer theirs. What is kept is by which images that they
+    learned from, in all trainings, `evaluate` and others know these again. `changes`: the data may give other images each time.
+    """
+    seen = {} if isinstance(data, CacheFolder) else known_by(data, changes)
+    try:
+        yield
+    finally:
+        if history.epochs:
+            model.results = {TRAINED_ON: with_record((model.results or {}).get(TRAINED_ON), seen)}
 
 
 class _Same:

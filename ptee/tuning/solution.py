@@ -117,8 +117,8 @@ class Solution:
     @property
     def _with_weights(self) -> str:
         """Which of the two losses of blended answers this is; `ptee compare` names that of the final weights, as the cost is here."""
-        what = "fidelity" if self.drop is None else "accuracy and fidelity"
-        return f" For {what} the blend was fitted, for each image, to the others." if self.weights_fitted else ""
+        what = "Fidelity" if self.drop is None else "Accuracy and fidelity"
+        return f" {what}: no image is answered by a blend that was fitted to it." if self.weights_fitted else ""
 
     @property
     def _or_unsafe(self) -> str:

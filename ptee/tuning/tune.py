@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.data.batches import TRAINED_ON, sample_of_marks, share_known_again
-from ptee.data.labels import much_less_right
+from ptee.data.labels import FEWEST, much_less_right
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
@@ -187,17 +187,25 @@ def target_in_force(tuning: Any, model: EarlyExitModel) -> dict[str, Any] | None
     return {**target, "unit": str(tuning.get("unit") or "")} if same else None
 
 
-def unlike_before(model: EarlyExitModel, right: float | None, n: int) -> str:
-    """A sentence, if the backbone is right on a far smaller share of n images than of those in the model's results; else none."""
+def usual_right(model: EarlyExitModel) -> tuple[float, int] | None:
+    """On which share of how many images the backbone is known to be right, from the model's results; None if they do not say."""
     results = model.results or {}
     try:
-        seen, m = float(results["rows"][0]["accuracy"]), int(results["samples"])
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError):  # there is none, or a stranger wrote it
-        return ""
-    if right is None or not (0 <= seen <= 1 <= m and much_less_right(right, n, seen, m)):
+        if (kept := results.get("usual_right")) is None:  # of an older ptee
+            kept = results["rows"][0]["accuracy"], results["samples"]
+        share, n = float(kept[0]), int(kept[1])
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):  # a stranger may have written it
+        return None
+    return (share, n) if 0 <= share <= 1 <= n else None
+
+
+def unlike_before(model: EarlyExitModel, right: float | None, n: int) -> str:
+    """A sentence, if the backbone is right on a far smaller share of n images than usually; else none."""
+    usual = usual_right(model)
+    if right is None or usual is None or min(n, usual[1]) < FEWEST or not much_less_right(right, n, *usual):
         return ""
     return (
-        f"The backbone is right on {right:.1%} of these images, and on {seen:.1%} of those that the model was measured on before. See "
+        f"The backbone is right on {right:.1%} of these images, and on {usual[0]:.1%} of those that the model was measured on before. See "
         "whether these are prepared alike (size, mean and std, channels), and whether their labels are its class numbers."
     )
 
@@ -208,25 +216,31 @@ def known_images(model: EarlyExitModel, marks: Tensor | None, *, own: bool = Tru
     Without `own`, the thresholds are others than the model's, which were not chosen on any of these images.
     """
     results = model.results or {}
-    trained, chosen = (known if isinstance(known := results.get(key), dict) else {} for key in (TRAINED_ON, "tuning"))
+    trained, chosen = results.get(TRAINED_ON), results.get("tuning")
     found = []
-    if some := _some_of(trained.get("marks"), trained.get("images"), marks):
-        found.append(f"The heads were trained on {some}, so results are better here than on new ones.")
+    if some := _some_of(trained if isinstance(trained, list) else [], marks):
+        found.append(f"The heads were trained on {some}, so results may be better here than on new ones.")
     on_curve = model.curve is not None and model.curve.at(model.threshold) is not None
+    chosen = chosen if isinstance(chosen, dict) else {}
     in_force = own and (on_curve or target_in_force(chosen, model) is not None)
-    if in_force and (some := _some_of(chosen.get("marks"), chosen.get("samples"), marks)):
+    if in_force and (some := _some_of([{**chosen, "images": chosen.get("samples")}], marks)):
         found.append(f"The thresholds were chosen on {some}, so what is lost here may be less than on new ones.")
     if found and not all(A_FEW in words for words in found):
-        found.append(f"Give images that nothing was {'trained' if 'heads' in found[0] else 'chosen'} on.")
+        found.append("Give images that nothing was trained or chosen on.")
     return " ".join(found)
 
 
-def _some_of(sample: Any, taken_from: Any, marks: Tensor | None) -> str:
-    """Which part of the images with these marks is among those that a sample of marks was taken from, in words; empty if none."""
-    share = 0.0 if marks is None else share_known_again(sample, taken_from, marks)
+def _some_of(records: Sequence[Any], marks: Tensor | None) -> str:
+    """Which part of the images with these marks is among those that were recorded, in words; empty if none is."""
+    found = [] if marks is None else [share_known_again(record, marks) for record in records]
+    share = min(1.0, sum(share for share, _ in found))
     if not share:
         return ""
-    return "these images" if share > 1 - MANY else f"about {share:.0%} of these images" if share > MANY else A_FEW
+    if share <= MANY:
+        return A_FEW
+    if not any(known_well for share, known_well in found if share):
+        return "some of these images"
+    return "these images" if share > 1 - MANY else f"about {share:.0%} of these images"
 
 
 def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
@@ -257,14 +271,14 @@ def outcome_in_force(model: EarlyExitModel, results: Mapping[str, Any]) -> tuple
     known = target_in_force((model.results or {}).get("tuning"), model)
     if known is None or (known["kind"] == "max_cost" and known["unit"]):
         return "", False
-    if known["kind"] == "max_drop" and results["doubt"]:  # whether it is kept says nothing
-        return "", False
     target = Target(known["kind"], known["limit"])
     outcome, missed = _outcome(target, results, blended=model.answers == BLENDED)
     return outcome, missed and target.kind != "max_cost"
 
 
 def _outcome(target: Target, results: Mapping[str, Any], *, blended: bool, on_others: str = "") -> tuple[str, bool]:
+    if target.kind == "max_drop" and results.get("doubt"):  # whether it is kept says nothing
+        return "", False
     backbone, own, n = results["rows"][0], results["rows"][-1], results["samples"]
     interval = interval_words(own["fidelity"], n)
     if results["leaving"][-1] == 1 and not blended:  # the answers are the backbone's

@@ -282,6 +282,8 @@ def test_a_timm_model_without_classifier_is_refused():
         ({"mean": float("nan")}, "between 0 and 1"),
         ({"std": (0.5, 0.5, 0)}, "must be positive"),
         ({"std": 0}, "must be positive"),
+        ({"mean": "grey"}, r"^mean= takes a number, or one for each channel, not 'grey'\.$"),
+        ({"mean": torch.tensor(0.5)}, r"^mean= takes a number, or one for each channel, not tensor"),
     ],
     ids=str,
 )

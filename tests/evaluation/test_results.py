@@ -308,3 +308,33 @@ def test_images_on_which_the_backbone_is_right_far_less_often_than_before_are_do
         ptee.tune(model, TensorDataset(x, wrong), max_fidelity_drop=0.5)
     model.results = {"rows": [{"accuracy": "x"}]}
     assert not evaluate(model, TensorDataset(x, wrong), speed=False).doubt
+
+
+def test_what_was_measured_on_doubtful_images_is_no_record_that_others_are_compared_with():
+    model, x = made(), torch.randn(200, *SIZE, generator=seeded())
+    answers = model.bare(x).argmax(-1)
+    good, bad = (TensorDataset(x, (answers + n * torch.arange(len(x), device=answers.device) % 2) % K) for n in (0, 1))
+    model.origin = model.origin.trained()  # it is asked of one that learnt, too
+    doubts = [
+        bool(evaluate(model, data, speed=False, keep=True).doubt)
+        for data in (good, bad, bad, TensorDataset(x), bad, good)
+    ]
+    assert doubts == [False, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("threshold", [1.5, 0.0])
+def test_a_doubt_is_told_whether_or_not_images_leave(threshold):
+    model, x = made(), torch.randn(200, *SIZE, generator=seeded())
+    model.results = {"usual_right": [1.0, 200]}
+    half = TensorDataset(x, (model.bare(x).argmax(-1) + torch.arange(len(x), device=here()) % 2) % K)
+    for off in ([], [0, 1]):
+        model.off = off
+        results = evaluate(model, half, threshold=threshold, speed=False)
+        assert results.doubt and str(results).endswith(results.doubt) and results.verdict[-1] == results.doubt
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_a_handful_of_images_is_not_doubted(n):
+    model, x = made(), torch.randn(n, *SIZE)
+    model.results = {"usual_right": [1.0, 1000]}
+    assert not evaluate(model, TensorDataset(x, (model.bare(x).argmax(-1) + 1) % K), speed=False).doubt

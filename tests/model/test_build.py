@@ -195,8 +195,9 @@ REFUSED = {
     "class numbers": (lambda: Answering(lambda y: y.argsort()), "gives int64, not floating-point logits"),
     "complex numbers": (lambda: Answering(lambda y: torch.complex(y, y)), "gives complex64, not floating-point logits"),
     "probabilities": (lambda: Answering(lambda y: y.softmax(-1)), r"gives probabilities.*Leave out its softmax.*\.log\(\)"),
-    "a sigmoid": (lambda: Answering(lambda y: y.sigmoid()), r"ends in a sigmoid.*Leave it out.*\.logit\(eps=1e-6\)"),
+    "a sigmoid": (lambda: Answering(lambda y: y.sigmoid()), r"ends in a sigmoid.*Leave it out.*\.float\(\)\.logit\(eps=1e-6\)"),
     "a sigmoid in place": (lambda: Answering(lambda y: y.sigmoid_()), "ends in a sigmoid"),
+    "a sigmoid behind which nothing changes": (lambda: Answering(lambda y: y.half().sigmoid().float()[..., None].squeeze(-1)), "ends in a sigmoid"),
     "sparse numbers": (lambda: Answering(lambda y: y.to_sparse()), "gives a sparse_coo tensor.*plain"),
     "a tensor of another class": (lambda: Answering(lambda y: y.as_subclass(Named)), r"gives a Named.*as_subclass\(torch\.Tensor\)"),
     "torch.func.functional_call": (

@@ -575,6 +575,15 @@ def test_a_backbone_that_takes_its_batch_apart_asks_for_smaller_batches(call):
         getattr(model, call)(x)
 
 
+def test_a_backbone_that_joins_rows_asks_for_smaller_batches_too():
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.cat([x, x]) if len(x) > 64 else x)[: len(x)]
+
+    with pytest.raises(PteeError, match=r"with 130 rows where 65 are left: .*batch_size=32\.$"):
+        make(Twice()).all_exits(torch.randn(65, *SIZE))
+
+
 def test_an_input_that_takes_another_way_through_the_backbone_is_refused():
     class Switch(Net):
         def forward(self, x: Tensor) -> Tensor:

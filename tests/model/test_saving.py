@@ -1018,29 +1018,66 @@ def test_a_network_in_another_type_that_is_converted_has_the_same_weights(net, t
     assert not any("its heads learned from" in str(warning.message) for warning in recwarn)
 
 
-def pruned(part: nn.Module) -> None:
-    prune.l1_unstructured(part, "weight", 0.5)
+def pruned(model: EarlyExitModel) -> None:
+    prune.l1_unstructured(model.heads[0].logits, "weight", 0.5)
 
 
-def normed(part: nn.Module) -> None:
-    torch.nn.utils.parametrizations.weight_norm(part)
+def normed(model: EarlyExitModel) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.heads[0].logits)
 
 
-@pytest.mark.parametrize("change", [pruned, normed])
-def test_heads_that_are_kept_under_other_names_are_not_saved_over_a_run(change, original, folder, net):
-    before = (folder / "config.json").read_bytes()
-    model = ptee.load(folder, backbone=net)
-    change(model.heads[0].logits)
-    with pytest.raises(RunError, match=r"not kept as they were built: heads\.0\.logits\.weight\. .*prune\.remove"):
-        model.save_pretrained(folder)
-    assert (folder / "config.json").read_bytes() == before
+def replaced(model: EarlyExitModel) -> None:
+    model.heads[0].logits = nn.Linear(2, 4)
 
 
-def test_heads_with_values_that_are_not_finite_are_not_saved_over_a_run(original, folder, net):
-    before = (folder / "config.json").read_bytes()
-    model = ptee.load(folder, backbone=net)
+def whole_numbers(model: EarlyExitModel) -> None:
+    model.heads[0].logits.weight = nn.Parameter(model.heads[0].logits.weight.to(torch.int8), requires_grad=False)
+
+
+def not_a_number(model: EarlyExitModel) -> None:
     with torch.no_grad():
         model.heads[1].logits.bias[0] = math.nan
-    with pytest.raises(RunError, match=r"not finite .* 1\.logits\.bias\. Train them again\.$"):
+
+
+def no_variance(model: EarlyExitModel) -> None:
+    next(m for m in model.heads[0].modules() if isinstance(m, nn.BatchNorm2d)).running_var[0] = math.inf
+
+
+NAMES = r"not kept as they were built: heads\.0\.logits\..*prune\.remove"
+NOT_SAVED = {
+    pruned: NAMES,
+    normed: NAMES,
+    replaced: NAMES,
+    whole_numbers: NAMES,
+    not_a_number: r"not finite .* heads\.1\.logits\.bias\. Train them again\.$",
+    no_variance: r"not finite .* heads\.0\..*running_var\. Train them again\.$",
+}
+
+
+@pytest.mark.parametrize("change", NOT_SAVED, ids=lambda change: change.__name__)
+def test_heads_that_could_not_be_loaded_again_are_not_saved_over_a_run(change, original, folder, net):
+    before = (folder / "config.json").read_bytes()
+    model = ptee.load(folder, backbone=net)
+    change(model)
+    with pytest.raises(RunError, match=NOT_SAVED[change]):
         model.save_pretrained(folder)
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_backbone_that_learnt_and_could_not_be_loaded_again_is_not_saved(tmp_path):
+    for change, said in (
+        (normed, "heads"),
+        (lambda part: nn.utils.parametrizations.weight_norm(part.backbone.two), "backbone"),
+    ):
+        model = make()
+        model.origin = model.origin.trained()
+        change(model)
+        with pytest.raises(RunError, match=rf"not kept as they were built: {said}\."):
+            model.save_pretrained(tmp_path / "run")
+    model = make()
+    model.origin = model.origin.trained()
+    with torch.no_grad():
+        model.backbone.two.bias[0] = math.nan
+    with pytest.raises(RunError, match=r"^Values of the backbone are NaN, so no run is written: two\.bias\."):
+        model.save_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()

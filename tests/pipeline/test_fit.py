@@ -119,6 +119,7 @@ def test_a_model_with_thresholds_and_results_comes_back_and_is_saved_with_its_re
     model = fit(network(), images(80), out=tmp_path / "run", log=said.append, max_cost=0.9)
     assert not model.training
     assert model.results["samples"] == 8
+    assert [known["images"] for known in model.results["trained_on"]] == [64], "and 8 for thresholds, 8 for the report"
     for words in ("epoch 2/2", "early exit, T = "):
         assert any(words in line for line in said)
     again = ptee.load(tmp_path / "run", network())

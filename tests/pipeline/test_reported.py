@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from learning import SIZE, Net, data
+from learning import SIZE, K, Net, data
 from tiny import one_line
+from torch.utils.data import TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError, RunError
+from ptee.data.batches import known_by
 from ptee.pipeline.reported import class_names, read_recorded
 from ptee.timing.measure import measure
 from ptee.timing.times import save_times
@@ -131,6 +133,29 @@ def test_where_nobody_names_drops_that_of_the_run_is_among_them(fitted, tmp_path
     assert re.search(own, ptee.write_report(model, data(), **how).read_text(encoding="utf-8"))
     text = ptee.write_report(model, data(), drops=[0.01], **how).read_text(encoding="utf-8")
     assert "The thresholds were chosen to lose at most 0.03 of accuracy, and no sentence here is about that." in text
+    model.results = before
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_page_doubts_images_that_are_known_or_that_the_backbone_is_suddenly_wrong_on(fitted, tmp_path):
+    model, x = fitted[0], data().tensors[0]
+    right = model.bare(x).argmax(-1)
+    good, bad = (TensorDataset(x, (right + n * (torch.arange(len(x), device=x.device) % 3 > 0)) % K) for n in (0, 1))
+    before, new, outcome = (
+        model.results,
+        " images that the exits had not seen, ",
+        r"was (lost|gained)[^.]*\..*: (kept|missed)\.",
+    )
+    tuning = {"target": {"kind": "max_drop", "limit": 0.03}, "threshold": list(model.threshold), "off": list(model.off)}
+    how = {"out": tmp_path / "own.html", "pictures": False, "lines": ["own"]}
+    model.results = {"tuning": tuning}
+    text = ptee.write_report(model, good, **how).read_text(encoding="utf-8")
+    assert new in text and re.search(outcome, text)
+    model.results = {"tuning": tuning, "usual_right": [1.0, 1000], "trained_on": [known_by(bad)]}
+    text = ptee.write_report(model, bad, **how).read_text(encoding="utf-8")
+    assert new not in text and "The heads were trained on these images, so results may be better here" in text
+    assert "The backbone is right on" in text
+    assert not re.search(outcome, text)
     model.results = before
 
 
