@@ -525,10 +525,11 @@ def test_threads_optimize_one_after_another_while_others_predict(x):
     assert not failed
 
 
-@pytest.mark.parametrize("sizes", [0, 257, -1, 2.5, "a", [True]], ids=repr)
-def test_sizes_that_no_batch_has_are_refused(sizes):
-    with pytest.raises(PteeError, match="Batches have 1 to 256 images"):
-        ptee.optimize(made(), mode="eager").warm_up(sizes)
+def test_sizes_that_no_batch_has_are_refused():
+    fast = ptee.optimize(made(), mode="eager")
+    for sizes in (0, 257, -1, 2.5, "a", [True]):
+        with pytest.raises(PteeError, match="Batches have 1 to 256 images"):
+            fast.warm_up(sizes)
 
 
 def test_recorded_in_one_mode_it_answers_in_another(mode, x):

@@ -16,7 +16,7 @@ from ptee.timing.run_bench import AS_IT_IS, BELOW_ZERO, RATIOS, Line, RunBench, 
 from ptee.timing.times import Times
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def times() -> Times:
     return measure(made(), [1, 4], ["hooks", "eager"], rounds=3, seconds=0)
 
