@@ -29,13 +29,13 @@ def once(make: Callable[..., ptee.EarlyExitModel]) -> Callable[..., ptee.EarlyEx
     """
 
     @functools.cache
-    def original(*args: object, **wish: object) -> ptee.EarlyExitModel:
+    def original(device: torch.device, *args: object, **wish: object) -> ptee.EarlyExitModel:
         with own_random_numbers(0):
             return make(*args, **wish)
 
     @functools.wraps(make)
     def copied(*args: object, **wish: object) -> ptee.EarlyExitModel:
-        return copy.deepcopy(original(*args, **wish))
+        return copy.deepcopy(original(torch.get_default_device(), *args, **wish))
 
     return copied
 

@@ -109,22 +109,24 @@ def compare(
     how: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
     logits = _need_logits(models, parts, wanted)
     found: list[Line] = []
+    seen: list[str] = []
     pair: Pair | None = None
     for name, model in models.items():
         now = _labelled_alike(record(model, part, device=place, own=True, logits=logits, **how) for part in parts)
         for before, again in zip(pair or now, now, strict=True):
             require_same_images(before.sample, again.sample)
         pair = now
-        for trained in dict.fromkeys(known_images(model, traces.marks, own=False) for traces in pair):
-            if trained:
-                warn(f"{name}: {trained}")
+        known = [known_images(model, traces.marks, own=False) for traces in (pair.report, pair.calibration)]
+        seen += [f"{name}: {words}" for words in filter(None, known)][:1]  # of both it is mostly the same
         if keep is not None:
             keep[name] = replace(as_answered(model, pair.report), logits=None, confidence_logits=None)
         own = _of_run(name, _with_times(pair, times, name), allowed, wanted, model.answers)
         found += with_bar(own, f"thresholds of {name}", progress)
     assert pair is not None
-    if not same_images(*parts):
-        _warn_of_shared(pair)
+    if not same_images(*parts) and (words := _shared(pair)):
+        seen.append(words)
+    for words in seen:
+        warn(words)
     for name, network in networks.items():
         cost = _macs(network) / first.plan.macs
         both = zip(parts, pair, strict=True)
@@ -139,6 +141,7 @@ def compare(
         accuracy=pair.report.score_at(pair.report.exits).accuracy,
         about=about,
         note=next(filter(None, (_note(first, traces) for traces in pair)), ""),
+        seen=" ".join(seen),
         unit=unit,
         for_fidelity=tuple(name for name, model in models.items() if model.for_fidelity),
     )
@@ -193,17 +196,18 @@ def _hash(model: EarlyExitModel) -> str:
     return answering_hash(model.backbone, model.plan.input_size)
 
 
-def _warn_of_shared(pair: Pair) -> None:
-    """Warn if images that are reported on are among those that thresholds are chosen on."""
+def _shared(pair: Pair) -> str:
+    """A sentence, if images that are reported on are among those that thresholds are chosen on; else none."""
     ours, theirs = pair.report.marks, pair.calibration.marks
     if ours is None or theirs is None:  # of recorded traces
-        return
+        return ""
     shared = number_of_shared(ours, theirs)
-    if shared > COPIES * len(ours):
-        warn(
-            f"{shared:,} of the {len(ours):,} report images are calibration images, too, so numbers may be better than on new ones. Give "
-            "other images to report on."
-        )
+    if shared <= COPIES * len(ours):
+        return ""
+    return (
+        f"{shared:,} of the {len(ours):,} report images are calibration images, too, so numbers may be better than on new ones. Give "
+        "other images to report on."
+    )
 
 
 def _of_one_backbone(models: Mapping[str, EarlyExitModel]) -> EarlyExitModel:

@@ -123,6 +123,7 @@ class Comparison:
         accuracy: of the bare backbone on these; None without labels, and then drops are of fidelity.
         about: where the images came from, in a sentence.
         note: why there is no accuracy though there are labels, or why the accuracy means nothing, in a sentence; else empty.
+        seen: sentences that heads were trained on some of these images, or that some are for both purposes; else empty.
         unit: what costs are fractions of, in words.
         for_fidelity: names of the runs whose thresholds were chosen for fidelity: what answers as well as they do keeps as much of it.
     """
@@ -135,6 +136,7 @@ class Comparison:
     accuracy: float | None
     about: str = ""
     note: str = ""
+    seen: str = ""
     unit: str = COUNTED
     for_fidelity: tuple[str, ...] = ()
 
@@ -234,7 +236,7 @@ class Comparison:
         return (
             f"{self.backbone}, {number_of(self.samples, 'image')}{own}; thresholds chosen on {number_of(self.calibration, 'calibration image')}\n"
             + f"cost: share of {self.unit}; in parentheses: the drop of {self._measure} on these images\n"
-            + (f"{self.note}\n" if self.note else "")
+            + "".join(f"{words}\n" for words in (self.note, self.seen) if words)
             + f"\n{table([title, *map(self._cells, self.lines)], left=range(len(title)))}\n"
             + "".join(f"\n{sentence}" for sentence in [*self.verdict, self._few_images, self.bottom_line] if sentence)
         )
