@@ -304,9 +304,8 @@ def marks_of(images: Tensor) -> Tensor:
     few = images.detach()[:, channel, row, column].to("cpu", torch.float32)
     hashes = [blake2b(values.numpy().tobytes(), digest_size=MARK_BYTES).digest() for values in few]
     marks = torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
-    first = torch.searchsorted(channel, channel).to(
-        "cpu"
-    )  # for each value the first of its channel: white need not be the same in all
+    # each value beside the first of its channel, as white need not be the same in all
+    first = torch.searchsorted(channel, channel).to("cpu")
     alike = (few == few[:, first]).all(1) | ~few.isfinite().all(1)
     return marks.where(~alike, NO_MARK)
 
@@ -343,8 +342,10 @@ def with_record(records: Any, seen: Mapping[str, Any]) -> list[Any]:
 
 
 def share_known_again(record: Any, marks: Tensor) -> tuple[float, bool]:
-    """About which share of the images with these marks (n,) is among those that `known_by` made a record of, and whether it is known
-    well: neither by few of them, nor by none knows how many. A stranger may have written the record.
+    """About which share of the images with these marks (n,) is in a record of `known_by`, and whether that share is sure.
+
+    It is not sure if only a few marks are found, or if the record does not say how many images it stands for. A stranger may have
+    written the record.
     """
     record = record if isinstance(record, dict) else {}
     known, size = marks_in(record.get("marks")), record.get("images")

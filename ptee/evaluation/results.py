@@ -117,8 +117,10 @@ def doubted(model: EarlyExitModel, right: float | None, n: int) -> str:
     """A sentence, if a trained backbone that did not learn here is near chance under the labels of n images, or right on far fewer of
     them than before.
     """
-    own = right is None or model.origin.learnt or model.origin.is_random
-    if not own and (words := near_chance(right or 0.0, n, model.num_classes)):
+    if right is None:
+        return ""
+    learns_here = model.origin.learnt or model.origin.is_random
+    if not learns_here and (words := near_chance(right, n, model.num_classes)):
         return f"{words}: check that the labels are its class numbers. No accuracy here says anything until they are."
     return unlike_before(model, right, n)
 

@@ -203,8 +203,10 @@ class TrainingData:
 
 @contextmanager
 def noting_images(model: EarlyExitModel, data: Any, history: History, *, changes: bool) -> Iterator[None]:
-    """Around a training: if its heads learn, the model's results are no longer theirs. What is kept is by which images that they
-    learned from, in all trainings, `evaluate` and others know these again. `changes`: the data may give other images each time.
+    """Around a training. If the heads learn, the model's results are dropped, because they are of other heads.
+
+    What stays is a record of the images of all trainings, by which `evaluate` and others know them again. `changes`: the data may
+    give other images each time.
     """
     seen = {} if isinstance(data, CacheFolder) else known_by(data, changes)
     try:
