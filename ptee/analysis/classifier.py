@@ -196,7 +196,7 @@ def _require_plain(logits: Tensor, name: str) -> None:
 
 
 def _why_it_failed(module: nn.Module, images: Tensor, why: Exception) -> Advice:
-    """The rest of a sentence: the forward pass needs more arguments than images, plain weights, or images of another size."""
+    """The rest of a sentence: the forward pass needs more arguments than images, other weights, or images of another size."""
     if missing := MISSING.search(str(why)):
         more = [name.strip("'") for name in re.findall(r"'\w+'", missing[2])]
         return (
@@ -211,7 +211,17 @@ def _why_it_failed(module: nn.Module, images: Tensor, why: Exception) -> Advice:
             f"fails with its weights stored in a sparse or packed way ({some(sparse, 3)}): {first_line(why)} Store them as plain "
             "tensors: weight.to_dense().",
         )
+    others = [f"{name}: {type_name(tensor.dtype)}" for name, tensor in stored if _is_of_another_type(tensor, images)]
+    if others and "type" in str(why):
+        return (
+            f"takes {type_name(images.dtype)} images and has weights of other types ({some(others, 3)}): {first_line(why)} Make them one "
+            "type: net.float().",
+        )
     return (f"cannot take an image of size {tuple(images.shape[1:])}: {first_line(why)} ", *GIVE_SIZE)
+
+
+def _is_of_another_type(tensor: Tensor, images: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != images.dtype
 
 
 def _how_to_get_logits(output: Any, rows: int) -> str:

@@ -307,6 +307,14 @@ def test_images_of_a_wrong_size_are_refused_with_what_to_do():
         survey(Net(Skip()), (4, 16, 16))
 
 
+def test_weights_of_two_types_are_named_with_what_to_do():
+    net = Net(Skip())
+    net.classifier.double()
+    message = r"Net takes float32 images and has weights of other types \(classifier\.weight: float64, classifier\.bias: float64\): .* net\.float\(\)"
+    with pytest.raises(BackboneError, match=message):
+        survey(net, SIZE)
+
+
 # ---------------------------------------------------------------------------------------------------- random numbers
 
 
