@@ -55,6 +55,9 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def __reduce__(self) -> Any:  # a copy is a free lock
+        return Lock, ()
+
     def _renew(self) -> bool:
         """Become a new lock if another thread holds this one, and return whether one did."""
         held = not self._lock.acquire(blocking=False)

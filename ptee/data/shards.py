@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
-from ptee._common.files import expanded, from_json, require_utf8
+from ptee._common.files import as_path, from_json, require_utf8
 from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import EXTENSIONS, files_below, list_files
@@ -101,8 +101,8 @@ class Source:
 
 def find_source(source: str | Path) -> Source:
     """The files of a source: a folder, or one shard or table."""
-    path = expanded(source)
-    if not str(source).strip() or not path.exists():
+    path = as_path(source, "data")
+    if not path.exists():
         raise DataError(f"There is no '{source!s:.300}'. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
     if path.is_dir():
         _require_one_part(path)

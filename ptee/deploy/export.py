@@ -37,7 +37,7 @@ from ptee.deploy.segments import Rows, Segment, segments
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.exits.rule import ExitRule
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import require_eval
+from ptee.model.images import require_eval
 from ptee.model.saving import warn_of_changes
 
 ONNX, PT2 = "onnx", "pt2"

@@ -23,7 +23,7 @@ from ptee.exits.blend import BLENDED
 from ptee.exits.config import ALWAYS, CALIBRATED, NEVER, with_off
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.saving import warn_of_changes
-from ptee.model.thresholds import Thresholds
+from ptee.model.settings import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
 from ptee.tuning.tune import known_images, outcome_in_force, unlike_before, usual_right
 

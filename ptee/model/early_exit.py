@@ -16,19 +16,19 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import PteeError, RunError, first_line, unknown
+from ptee._common.errors import PteeError, RunError, first_line
 from ptee._common.files import as_path
+from ptee._common.process import Lock
 from ptee._common.validation import named
 from ptee.analysis.freezing import Attachment, device_of, one_parameter
 from ptee.analysis.replay import merged
 from ptee.backbones.load import Backbone
-from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
+from ptee.exits.blend import OWN, Blend, confidence_of_blend
 from ptee.exits.confidence import Calibrated, find_confidence
 from ptee.exits.front import FrontHead
 from ptee.exits.heads import ExitHead, HeadOutput
 from ptee.exits.placement import INPUT
 from ptee.exits.plan import Exit, Plan
-from ptee.exits.rule import ExitRule
 from ptee.model import card
 from ptee.model import saving as runs
 from ptee.model.forward import (
@@ -41,20 +41,26 @@ from ptee.model.forward import (
     RecordInputs,
     StopForward,
     kind_of_call,
-    refuse_capture,
-    refuse_export,
-    require_eval,
     running,
     widest_type,
 )
-from ptee.model.images import detached, require_device, require_images, require_values, wrong_size, wrong_type
+from ptee.model.images import (
+    detached,
+    refuse_capture,
+    refuse_export,
+    require_device,
+    require_eval,
+    require_images,
+    require_values,
+    wrong_size,
+    wrong_type,
+)
 from ptee.model.production import InProduction, unseen
-from ptee.model.thresholds import Thresholds, exit_numbers, for_each_exit, for_each_row
-
-DEFAULT_THRESHOLD = 0.5  # PTEENet's
+from ptee.model.settings import DEFAULT_THRESHOLD, Settings, Thresholds, for_each_row
 
 
 class EarlyExitModel(
+    Settings,
     InProduction,
     nn.Module,
     ModelHubMixin,
@@ -95,6 +101,7 @@ class EarlyExitModel(
         self.calibrated: Calibrated | None = None
         self.blend: Blend | None = None
         self._answers = OWN
+        self.choosing = Lock()
         self.results: dict[str, Any] | None = None
         self.versions: runs.Versions = {}
         self._thresholds: tuple[float, ...] = ()
@@ -119,83 +126,6 @@ class EarlyExitModel(
     def costs(self) -> tuple[float, ...]:
         """c_0 .. c_E, what a row costs that leaves at each exit, as fractions of the bare backbone."""
         return self.plan.costs
-
-    @property
-    def threshold(self) -> list[float]:
-        """T of each exit; a row leaves at the first exit n with h_n >= T_n.
-
-        Set it at any time, to one number or to one for each exit. Above 1 no row leaves. At 0 every row leaves, except
-        one whose confidence is not finite: it never leaves. Below 0 is as 0. Raises PteeError for NaN, for what is no number and for a
-        wrong number of values. Warns of what was meant as a percentage, such as 70.
-        """
-        return list(self._thresholds)
-
-    @threshold.setter
-    def threshold(self, value: Thresholds) -> None:
-        self._thresholds = for_each_exit(value, len(self.plan.exits))
-
-    @property
-    def confidence(self) -> str:
-        """What h is computed from: a name of `CONFIDENCES`, such as "learned", "max_prob" or "calibrated".
-
-        Set it at any time, and then choose the thresholds again (`ptee.tune`): they stay as they are, but h means
-        something else. Raises PteeError for an unknown name, and for "calibrated" before `ptee.calibrate`.
-        """
-        return self.plan.confidence
-
-    @confidence.setter
-    def confidence(self, name: str) -> None:
-        find_confidence(name, self.calibrated)
-        if self.answers == BLENDED:
-            require_blend(self.blend, name, self.off, len(self.exits))
-        self.plan = self.plan.with_confidence(name)
-
-    @property
-    def answers(self) -> str:
-        """ "own": an exit answers by itself. "blended": it adds up what the exits so far have said, and so does the end.
-
-        Set it at any time, and then choose the thresholds again (`ptee.tune`, which also fits the weights of the blend). A row
-        whose thresholds are all above 1 gets the backbone's own answer in any case. Raises PteeError for another value, and
-        for "blended" if there are no weights for the exits that are on.
-        """
-        return self._answers
-
-    @answers.setter
-    def answers(self, value: str) -> None:
-        if value not in (OWN, BLENDED):
-            raise unknown("kind of answers", value, (OWN, BLENDED), argument="answers")
-        if value == BLENDED:
-            require_blend(self.blend, self.confidence, self.off, len(self.exits))
-        self._answers = value
-
-    @property
-    def rule(self) -> ExitRule:
-        """What the exits answer and how sure they are, as this model is set now."""
-        blend = self.blend if self.answers == BLENDED else None
-        name = self.confidence if blend is None else confidence_of_blend(self.confidence)
-        return ExitRule(find_confidence(name, self.calibrated), blend, self.off, len(self.exits))
-
-    def choose(self, threshold: Thresholds, off: Sequence[int], blend: Blend | None) -> None:
-        """Set thresholds, exits that are off and the weights of blended answers (None: own answers) together."""
-        self._answers = OWN
-        self.threshold, self.off, self.blend = threshold, off, blend or self.blend
-        self.answers = OWN if blend is None else BLENDED
-
-    @property
-    def off(self) -> tuple[int, ...]:
-        """The numbers of the exits that are switched off: no row leaves there, whatever T is.
-
-        Their heads do not run and cost nothing, unless the head of a later exit builds on their logits. Set it at any
-        time. Raises PteeError for a number that is no exit.
-        """
-        return self.plan.off
-
-    @off.setter
-    def off(self, value: Sequence[int]) -> None:
-        numbers = exit_numbers(value, len(self.exits))
-        if self.answers == BLENDED:
-            require_blend(self.blend, self.confidence, numbers, len(self.exits))
-        self.plan = self.plan.switched_off(numbers)
 
     # -------------------------------------------------------------------------------------------- what it does
 
@@ -230,9 +160,9 @@ class EarlyExitModel(
         self.require_ready(x)
         require_values(x)
         steps = {self.backbone.get_submodule(name): step for name, step in self._steps.items()}
-        thresholds = self.thresholds_of_call(threshold, len(x))
         kind = kind_of_call(soft, threshold is not None)
-        call = kind(self, len(x), thresholds, steps)
+        with self.choosing:
+            call = kind(self, len(x), self.thresholds_of_call(threshold, len(x)), steps)
         seen = unseen if soft else self.watching(x, audited=threshold is None)
         try:
             out = call.result(self._run(call, x) if len(x) else self._no_rows(x))
@@ -438,13 +368,15 @@ class EarlyExitModel(
 
 
 def require_early_exit(model: Any) -> None:
-    """Refuse what is no early-exit model, naming what it is; and one that was detached."""
+    """Refuse what is no early-exit model, naming what it is, and one that was detached. Its backbone is put back in eval mode."""
     if isinstance(getattr(model, "model", None), EarlyExitModel):  # as in what ptee.optimize made
         raise PteeError(f"This is of type {type(model).__name__}, and the early-exit model is its .model. Give that.")
-    if not isinstance(getattr(model, "_orig_mod", model), EarlyExitModel):  # which torch.compile wraps
+    whole = getattr(model, "_orig_mod", model)  # which torch.compile wraps
+    if not isinstance(whole, EarlyExitModel):
         kind = "a module of class" if isinstance(model, nn.Module) else "of type"
         raise PteeError(
             f"This is {kind} {type(model).__name__}, not an early-exit model. Give what ptee.augment or ptee.load returned."
         )
-    if getattr(model, "_orig_mod", model).detached:
+    if whole.detached:
         raise detached()
+    whole._hold.keep()

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import reduce
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext, detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ptee._common.errors import Argument, PteeError, first_line
@@ -162,10 +161,22 @@ class Call:
             self._logits[n] = self.rows.moment, said.logits
         return self.on_head_output(n, cut, output, said, earlier)
 
-    def _require_all_rows(self, n: int, found: int) -> None:
-        if found != (left := self.rows.count):
-            text = f"Exit {n} ({self.plan.exits[n].name}) was reached with {found} rows where {left} are left: the backbone takes its batch apart. Give it smaller batches: where ptee makes them, "
-            raise PteeError(text, Argument("batch_size", str(found if found < left else left // 2)), ".")
+    def _require_all_rows(self, where: str, found: int) -> None:
+        """Refuse other rows at a place than those that are left. `where` begins the sentence."""
+        if found == (left := self.rows.count):
+            return
+        said = f"{where} {found} rows where {left} {'is' if left == 1 else 'are'} left: the backbone "
+        if self.rows.moment and found > left:
+            raise PteeError(
+                f"{said}goes on with rows that left. Was a module put in or replaced after augment(), or does its code catch every "
+                "exception? Mend that, or make new exits: ptee.augment(model.detach(), ...)."
+            )
+        fewer = str(found if found < left else left // 2)
+        advice = "takes its batch apart. Give it smaller batches: where ptee makes them, "
+        raise PteeError(said + advice, Argument("batch_size", fewer), ".")
+
+    def _require_all_rows_at(self, n: int, found: int) -> None:
+        self._require_all_rows(f"Exit {n} ({self.plan.exits[n].name}) was reached with", found)
 
     def _earlier(self) -> dict[int, Tensor]:
         """The logits (b, K) of the exits so far, of the rows that are still there."""
@@ -207,6 +218,7 @@ class Call:
 
     def check(self, answer: Tensor) -> None:
         """Refuse an answer of the backbone that is not of the network that the exits were planned for."""
+        self._require_all_rows("The backbone answers for", len(answer))
         self.check_all_passed()
         if answer.shape[1:] != (self.plan.classes,):
             raise PteeError(
@@ -233,7 +245,7 @@ class RecordAll(Call):
 
     def on_head_output(self, n: int, cut: Cut, output: Any, said: HeadOutput, earlier: Mapping[int, Tensor]) -> None:
         """Keep what the head answered."""
-        self._require_all_rows(n, len(said.logits))
+        self._require_all_rows_at(n, len(said.logits))
         self.outputs.append(said)
 
 
@@ -249,7 +261,7 @@ class RecordInputs(Call):
         assert isinstance(head, ExitHead)
         with self._beside_backbone(n):
             x = head.read(z)
-        self._require_all_rows(n, len(x))
+        self._require_all_rows_at(n, len(x))
         self.inputs.append(x.clone() if cut.overwritten else x)
 
 
@@ -301,7 +313,7 @@ class ExitEarly(Call):
         """Take the rows that are confident enough out of the batch."""
         if n in self.plan.off:
             return None
-        self._require_all_rows(n, len(said.logits))
+        self._require_all_rows_at(n, len(said.logits))
         logits, h = self.rule.at_exit(n, said.logits, said.confidence_logit, earlier)
         stay = ~leaves(h, self._threshold(n))
         staying = int(stay.sum())  # the only host synchronisation of this exit
@@ -309,6 +321,7 @@ class ExitEarly(Call):
             return None
         if staying == 0:
             self._left.append(_Leavers(self.rows.since(), n, logits, h))
+            self.rows.keep(stay.new_empty(0, dtype=torch.int64))
             raise StopForward
         order = stay.to(torch.uint8).argsort(stable=True)  # leavers first; their number is known without a second look
         leavers, stayers = order[: len(h) - staying], order[len(h) - staying :]
@@ -419,30 +432,3 @@ def running(call: Call | None) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
-
-
-def require_eval(model: Any) -> None:
-    """Refuse a model in training mode."""
-    if model.training or any(part.training for part in model.heads.modules()):
-        raise PteeError(
-            "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through the heads' "
-            "batch norm. Call model.eval(), or use all_exits(x) to train."
-        )
-
-
-@torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
-def refuse_export() -> bool:
-    """Refuse an export of this model; False otherwise.
-
-    torch's own flag is that of all threads. Only the thread that exports has a tracing context or fake tensors.
-    """
-    here = TracingContext.try_get() is not None or detect_fake_mode() is not None
-    return here and torch.compiler.is_exporting() and refuse_capture()
-
-
-def refuse_capture() -> NoReturn:
-    """Refuse tracing, scripting and exporting."""
-    raise PteeError(
-        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "
-        "on the images. Take model.detach(), the backbone alone."
-    )

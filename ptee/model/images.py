@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_batchedtensor, is_gradtrackingtensor, peek_interpreter_stack
+from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import PteeError
@@ -104,3 +105,30 @@ def _with_channels(have: int, want: int) -> str:
     if want == 1:
         return "Give x.mean(1, keepdim=True), the grey images."
     return f"Give images with {want} channels, or plan the exits again with their input_size."
+
+
+def require_eval(model: Any) -> None:
+    """Refuse a model in training mode."""
+    if model.training or any(part.training for part in model.heads.modules()):
+        raise PteeError(
+            "predict() and model(x) need eval mode: in training mode a row's answer depends on its neighbours through the heads' "
+            "batch norm. Call model.eval(), or use all_exits(x) to train."
+        )
+
+
+@torch.compiler.assume_constant_result  # a compiler runs it: the error is ours, and torch 2.11 calls all compiling an export
+def refuse_export() -> bool:
+    """Refuse an export of this model; False otherwise.
+
+    torch's own flag is that of all threads. Only the thread that exports has a tracing context or fake tensors.
+    """
+    here = TracingContext.try_get() is not None or detect_fake_mode() is not None
+    return here and torch.compiler.is_exporting() and refuse_capture()
+
+
+def refuse_capture() -> NoReturn:
+    """Refuse tracing, scripting and exporting."""
+    raise PteeError(
+        "An early-exit model cannot be traced, scripted or exported, nor get exits of its own: which rows leave where depends "
+        "on the images. Take model.detach(), the backbone alone."
+    )

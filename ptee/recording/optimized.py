@@ -25,10 +25,10 @@ from ptee.deploy.manifest import MAX_ROWS
 from ptee.deploy.segments import segments
 from ptee.exits.config import NEVER, with_off
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
-from ptee.model.forward import ExitOutput, require_eval
-from ptee.model.images import is_plain, wrong_size, wrong_type
+from ptee.model.forward import ExitOutput
+from ptee.model.images import is_plain, require_eval, wrong_size, wrong_type
 from ptee.model.production import SLIPS
-from ptee.model.thresholds import Thresholds
+from ptee.model.settings import Thresholds
 from ptee.recording.buckets import Buckets
 from ptee.recording.budget import GIB
 from ptee.recording.check import COMPILED, check_recorded, check_size
@@ -37,6 +37,7 @@ from ptee.recording.exported_pieces import ExportedPieces
 from ptee.recording.hooked_pieces import HookedPieces
 
 MODES = (AUTO, GRAPHS, COMPILE, EAGER)
+MADE_WITH = ("max_batch", "mode")
 SETTINGS = ("blend", "calibrated", "results", "curve")  # of a model, beside its properties
 _training, _version = attrgetter("training"), attrgetter("_version")
 AHEAD = 1  # products that a GPU goes on with while the host reads how many rows stay; with 0 it waits, with 3 it does too much
@@ -87,6 +88,10 @@ class OptimizedModel(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are the model's."""
+        if name in MADE_WITH and name in vars(self):
+            raise PteeError(
+                f"{name} is what ptee.optimize was called with. Call it again: ptee.optimize(fast.model, {name}={value!r:.100})."
+            )
         if isinstance(getattr(EarlyExitModel, name, None), property) or name in (*SETTINGS, *SLIPS):
             setattr(self.model, name, value)
         else:
@@ -142,10 +147,14 @@ class OptimizedModel(nn.Module):
 
     def _predict(self, x: Tensor, threshold: Thresholds | None, mark: Callable[[], None] | None) -> ExitOutput:
         rows = x.shape[0]
-        given = self.model.thresholds_of_call(threshold, rows)
-        # The head of an exit that is off runs where a later one reads its answer.
-        thresholds = with_off(given, self.model.off)
         with self._lock, _as_recorded(x):
+            with self.model.choosing:
+                given = self.model.thresholds_of_call(threshold, rows)
+                # The head of an exit that is off runs where a later one reads its answer.
+                thresholds = with_off(given, self.model.off)
+                if not self._same_settings():
+                    require_eval(self.model)
+                    self._keep_up()
             if rows <= self.max_batch:
                 return self._up_to_date(x, thresholds, mark)
             parts = [self._up_to_date(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
@@ -160,7 +169,7 @@ class OptimizedModel(nn.Module):
         To look at each module and weight takes the host longer than to start a piece. So it looks while the first piece runs, whose
         old weights are still there. If something changed, all is done again.
         """
-        if self._buckets.has_recorded(x.shape[0]) and self._same_settings():
+        if self._buckets.has_recorded(x.shape[0]):
             try:
                 return self._buckets(x, thresholds, mark, self._require_unchanged)
             except Exception:
@@ -235,6 +244,7 @@ class OptimizedModel(nn.Module):
         return self._example.device.type == "cuda"
 
     def _made(self) -> Buckets:
+        require_early_exit(self.model)  # its backbone may be in training mode by now
         try:
             pieces = segments(self.model, keep_logits=self.model.rule.reads_earlier, ahead=AHEAD if self._on_gpu else 0)
             check_segments(self.model, pieces)

@@ -57,7 +57,7 @@ def cache(
     """
     make = engine_of(engine, workers)
     folder, source = as_path(out, "out"), find_source(data)
-    job = Job(str(run), "cache", None if weights is None else str(weights), device, batch_size)
+    job = Job(str(as_path(run, "run")), "cache", None if weights is None else str(weights), device, batch_size)
     model = open_model(job)
     job, labels = with_classes(job, model, source, classes)
     tell_labels(labels, log, word)

@@ -82,7 +82,7 @@ def record(
     """
     make = engine_of(engine, workers)
     folder, source = as_path(out, "out"), find_source(data)
-    job = Job(str(run), "traces", None if weights is None else str(weights), device, batch_size, logits)
+    job = Job(str(as_path(run, "run")), "traces", None if weights is None else str(weights), device, batch_size, logits)
     model = open_model(job)
     job, labels = with_classes(job, model, source, classes)
     tell_labels(labels, log, word)

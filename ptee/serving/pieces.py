@@ -124,12 +124,13 @@ def pieces_of_model(model: Any) -> Pieces:
     Raises:
         PteeError: if it cannot be taken apart.
     """
-
     from ptee.analysis.freezing import one_parameter
     from ptee.deploy.check import check_segments
     from ptee.deploy.export import AnsweringPiece, class_names
     from ptee.deploy.segments import segments
+    from ptee.model.early_exit import require_early_exit
 
+    require_early_exit(model)
     found = segments(model, keep_logits=model.rule.reads_earlier)
     check_segments(model, found)
     like, images = one_parameter(model.backbone), model.origin.input

@@ -18,7 +18,7 @@ from ptee.deploy.runner import Answers, Array, Runner, load_exported, onnx_piece
 from ptee.exits.blend import OWN
 from ptee.exits.config import NEVER
 from ptee.model.early_exit import EarlyExitModel
-from ptee.model.thresholds import Thresholds
+from ptee.model.settings import Thresholds
 from ptee.timing.laps import Mark
 
 

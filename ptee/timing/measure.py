@@ -27,6 +27,7 @@ from ptee.exits.front import Prepare
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import ExitEarly, running
+from ptee.model.images import require_eval
 from ptee.recording.compiled import compiled
 from ptee.recording.graphs import Graphs, Recorder
 from ptee.recording.optimized import OptimizedModel, optimize
@@ -94,6 +95,7 @@ def measure(
         PteeError: if an executor or a batch size is not possible.
     """
     require_early_exit(model)
+    require_eval(model)
     device = one_parameter(model.backbone).device
     wanted = checked_executors(executors or (HOOKS,))
     for name in wanted:

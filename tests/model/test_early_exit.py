@@ -511,6 +511,25 @@ def test_threads_call_one_model_at_once_with_thresholds_of_their_own():
                 torch.testing.assert_close(out.logits, expected.logits)
 
 
+def test_a_call_has_all_or_none_of_the_settings_that_another_thread_chooses_together():
+    model, x = make(), images()
+    at_the_end, at_exit_1 = ([NEVER] * E, []), ([ALWAYS] * E, [0])  # where all rows leave; a mixture: at exit 0
+
+    def choose() -> None:
+        for _ in range(300):
+            model.choose(*at_exit_1, None)
+            model.choose(*at_the_end, None)
+
+    model.choose(*at_the_end, None)
+    seen = set()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(choose)
+        while not done.done():
+            seen.update(model.predict(x).exit_index.tolist())
+    done.result()
+    assert seen <= {1, E}
+
+
 ANOTHER = {
     "another last layer": (lambda model: setattr(model.backbone, "fc", nn.Linear(8, K + 2)), "7 classes.* for 5.*last layer.*augment"),
     "no last layer": (lambda model: setattr(model.backbone, "fc", nn.Identity()), "8 classes.* for 5.*last layer.*augment"),
@@ -582,6 +601,44 @@ def test_a_backbone_that_joins_rows_asks_for_smaller_batches_too():
 
     with pytest.raises(PteeError, match=r"with 130 rows where 65 are left: .*batch_size=32\.$"):
         make(Twice()).all_exits(torch.randn(65, *SIZE))
+
+
+class Beside(nn.Module):
+    """An adapter, put around a module: something passes beside what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.beside = inner, nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.beside(x)
+
+
+@pytest.mark.parametrize("exits", [("stem", "body"), ("stem", "body", "pair")], ids=["the last", "another"])
+def test_rows_that_left_and_pass_beside_an_exit_are_noticed_though_one_row_fits_any_number(exits):
+    model = make(exits=exits)
+    model.backbone.body = Beside(model.backbone.body).eval()
+    thresholds = torch.full((b, len(exits)), NEVER)
+    thresholds[1:, 1] = ALWAYS
+    with pytest.raises(
+        PteeError, match=rf" {b} rows where 1 is left: .*Was a module put in or replaced after augment\(\)"
+    ):
+        model.predict(images(), thresholds)
+
+
+def test_a_backbone_that_goes_on_when_nobody_is_left_is_refused():
+    class CatchesAll(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return super().forward(x)
+            except:  # noqa: E722
+                return x.new_zeros(len(x), K)
+
+    model = make(CatchesAll())
+    with pytest.raises(
+        PteeError, match=rf"answers for {b} rows where 0 are left: .*does its code catch every exception"
+    ):
+        model.predict(images(), ALWAYS)
 
 
 def test_an_input_that_takes_another_way_through_the_backbone_is_refused():

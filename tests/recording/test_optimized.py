@@ -610,3 +610,12 @@ def test_a_setting_that_is_mistyped_is_refused_as_of_the_model_itself():
     fast = ptee.optimize(made(), max_batch=1)
     with pytest.raises(PteeError, match=r"has no treshold\. Did you mean model\.threshold\?"):
         fast.treshold = 0.7
+
+
+@pytest.mark.parametrize("name", ["mode", "max_batch"])
+def test_what_it_was_made_with_cannot_be_set(name):
+    fast = ptee.optimize(made(), max_batch=1)
+    with pytest.raises(
+        PteeError, match=rf"{name} is what ptee\.optimize was called with\. .*optimize\(fast\.model, {name}=4\)"
+    ):
+        setattr(fast, name, 4)

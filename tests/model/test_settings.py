@@ -12,7 +12,7 @@ from small import labelled, made
 from torch import Tensor
 
 from ptee._common.errors import PteeError
-from ptee.model.thresholds import for_each_exit, for_each_row
+from ptee.model.settings import for_each_exit, for_each_row
 
 b, E = 6, 2
 NEVER, ALWAYS = 2.0, 0.0
