@@ -193,16 +193,12 @@ def bench(run: str | None, **o: Any) -> None:
     recipe = recipe_of_exits(o)
     require_model(o)
     require_timing(o)
-    import torch
-
     from ptee._common.devices import resolve_device
-    from ptee.timing.benchmark import bench as measure
+    from ptee.pipeline.timed_run import bench_untrained
 
     device = resolve_device(o["device"])
-    if o["threads"]:
-        torch.set_num_threads(o["threads"])
-    model = untrained(backbone_of(o), recipe).to(device)
-    show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
+    how = {key: o[key] for key in ("batch_sizes", "rounds", "threads")}
+    show(bench_untrained(untrained(backbone_of(o), recipe).to(device), **how), o)
 
 
 def _bench_run(run: str, o: dict[str, Any]) -> None:
