@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
-
 from ptee._common.files import from_json
 
 LARGEST_HEADER_BYTES = 4 * 2**20
@@ -35,11 +33,15 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         OSError: if it cannot be read.
         ValueError: saying what is wrong with it.
-        SafetensorError: if the tensors do not fill it without gaps.
     """
+    from safetensors import SafetensorError, safe_open
+
     header, length = _header(path)
-    with safe_open(path, "np"):  # the library looks at all entries
-        pass
+    try:
+        with safe_open(path, "np"):  # which looks at all entries: the tensors fill the file without gaps
+            pass
+    except SafetensorError as why:
+        raise ValueError(str(why)) from why
     found = {}
     for name, entry in header.items():
         if name != "__metadata__":

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
 from ptee import __version__
 from ptee._common.errors import NEAREST, Argument, PteeError, RunError, first_line
@@ -175,7 +174,7 @@ def _header(folder: str | Path, path: Path, largest: int) -> dict[str, Stored]:
         raise RunError(f"{folder}: {path.name} is larger than {largest / 2**30:g} GiB; no run holds so much.")
     try:
         return read_header(path)
-    except (OSError, ValueError, SafetensorError) as why:
+    except (OSError, ValueError) as why:
         raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why
 
 

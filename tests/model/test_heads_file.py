@@ -57,7 +57,7 @@ def test_a_header_that_the_library_refuses_is_refused(case, tmp_path):
     file = written(tmp_path / "w.safetensors", DAMAGED[case])
     with pytest.raises((SafetensorError, ValueError, TypeError)):
         load_file(file)
-    with pytest.raises((SafetensorError, ValueError), match=r"."):
+    with pytest.raises(ValueError, match=r"."):
         read_header(file)
 
 
