@@ -26,6 +26,7 @@ from ptee._common.progress import Log, with_bar
 from ptee._common.text import quoted
 from ptee._common.writing import replace_file, require_writable
 from ptee.backbones.load import Backbone, load_backbone
+from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO, SIDE
 from ptee.data.splits import Data
 from ptee.model.early_exit import EarlyExitModel
@@ -36,6 +37,7 @@ from ptee.pipeline.recipe import Recipe
 MODEL, MODEL_ARGS = "cifar_resnet20", {"in_chans": 1}
 INPUT_SIZE, MEAN, STD = (1, SIDE, SIDE), (0.2,), (0.3,)
 VIEW: dict[str, Any] = {"input_size": INPUT_SIZE, "mean": MEAN, "std": STD, "model_args": MODEL_ARGS}
+HASH = "sha256"  # of the weights, in the file that keeps them
 EPOCHS, BATCH, SEED = 6, 64, 0  # of the network
 LR, HIGHEST_LR, WEIGHT_DECAY = 2e-3, 1e-2, 0.05
 USUAL_THRESHOLD, SOMEWHAT_ABOVE = 0.7, 0.8  # the latter is a power, so that what lies between 0 and 1 stays there
@@ -104,14 +106,26 @@ def demo_network(data: Data, log: Log) -> Backbone:
     file = demo_weights(data)
     if file.is_file():
         try:
-            return load_backbone(MODEL, weights=file, **VIEW)
+            return _kept_network(file)
         except BackboneError as why:
             log(f"The network that was kept cannot be used, so it is trained again: {why}")
     else:
         log(f"A small network is trained on the demo's images once and kept in {file.parent}.")
     require_writable(file.parent, "Set XDG_CACHE_HOME to another folder.")
     train_demo_network(data, file, log)
-    return load_backbone(MODEL, weights=file, **VIEW)
+    return _kept_network(file)
+
+
+def _kept_network(file: Path) -> Backbone:
+    """The network in a file, if its hash is the one that was written there."""
+    from safetensors import safe_open
+
+    network = load_backbone(MODEL, weights=file, **VIEW)
+    with safe_open(file, "pt") as opened:
+        written = (opened.metadata() or {}).get(HASH)
+    if written != weights_hash(network.module):
+        raise BackboneError(f"{file} does not hold the weights that were written.")
+    return network
 
 
 def train_demo_network(data: Data, file: Path, log: Log) -> None:
@@ -141,7 +155,7 @@ def train_demo_network(data: Data, file: Path, log: Log) -> None:
                 total += loss.item() / batches
             log(f"{name}  loss {total:.4f}")
     state = {k: v.contiguous() for k, v in net.state_dict().items()}
-    replace_file(file, lambda path: save_file(state, path))
+    replace_file(file, lambda path: save_file(state, path, metadata={HASH: weights_hash(net)}))
 
 
 # ---------------------------------------------------------------------------------------------------- what is kept
