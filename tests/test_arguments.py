@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.errors import PteeError
 from ptee.production.curve import Curve, Wish, best_within
-from ptee.timing.benchmark import bench
+from ptee.timing.measure import measure
 
 
 def net() -> nn.Module:
@@ -92,7 +92,7 @@ OPTIMIZED = {
     "export": lambda fast: ptee.export(fast, "folder"),
     "optimize": ptee.optimize,
     "record": lambda fast: ptee.traces.record(fast, images()),
-    "bench": bench,
+    "measure": measure,
 }
 
 

@@ -153,7 +153,6 @@ class Attachment:
     """
 
     learns = False  # the module is being trained, so it follows its owner's mode
-    _noted: Any = ([], [], [], [None])  # nothing so far, as in pickles of older versions
 
     def __init__(self, module: nn.Module, hooks: Mapping[str, Callable[..., Any]], cached: Sequence[str] = ()) -> None:
         self._module, self._state = module, freeze(module)

@@ -57,23 +57,6 @@ def require_thresholds(threshold: Sequence[float] | None, exits: int) -> None:
         raise wrong_number(str(len(threshold)), exits, threshold)
 
 
-def require_comparable(o: Mapping[str, Any], by: Any, runs: Sequence[str]) -> None:
-    """Refuse lines that there are not, drops that cannot be, and costs in seconds of runs that keep no times.
-
-    Args:
-        o: the options of the command.
-        by: the settings of the cost.
-        runs: the runs that are compared.
-    """
-    from ptee.evaluation.comparison_lines import checked_lines
-    from ptee.tuning.config import TIME, DropsConfig
-
-    checked_lines(o["lines"])
-    DropsConfig(drops=o["drops"])
-    if by.cost == TIME:
-        require_times(runs)
-
-
 def require_times(runs: Sequence[str]) -> None:
     """Refuse runs that keep no times."""
     from ptee.timing.settings import require_kept_times

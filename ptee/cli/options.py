@@ -156,8 +156,6 @@ class Numbers(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
         """Called by click."""
-        if isinstance(value, list):
-            return value
         try:
             numbers = [self.kind(part) for part in str(value).split(",")]
             if any(number != number for number in numbers):  # NaN
@@ -221,8 +219,6 @@ class KeyValue(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
         """Called by click."""
-        if isinstance(value, tuple):
-            return value
         key, equals, text = value.partition("=")
         if not (key and equals):
             self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
@@ -241,7 +237,7 @@ class Setting(click.ParamType):
         """Called by click."""
         from ptee.pipeline.recipe import read_setting
 
-        return value if isinstance(value, tuple) else read_setting(value)
+        return read_setting(value)
 
 
 class Place(click.ParamType):

@@ -12,7 +12,7 @@ from cloup import command, option
 
 from ptee._common.writing import PICTURES, require_name, require_page, require_writable
 from ptee.cli import options
-from ptee.cli.checks import require_comparable
+from ptee.cli.checks import require_times
 from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
 from ptee.pipeline.recorded import (
@@ -56,13 +56,18 @@ COMPARED = (
 
 
 def require_comparing(runs: Sequence[str], o: dict[str, Any]) -> Any:
-    """Refuse options by which runs cannot be compared. Gives the settings of the cost."""
+    """Refuse options by which runs cannot be compared, and costs in seconds of runs that keep no times. Gives the settings of the cost."""
+    from ptee.evaluation.comparison_lines import checked_lines
     from ptee.pipeline.recipe import make_recipe
+    from ptee.tuning.config import TIME, DropsConfig
 
     given = given_settings(o)
     by = make_recipe(None, given).thresholds
     by.require_used(given)
-    require_comparable(o, by, runs)
+    checked_lines(o["lines"])
+    DropsConfig(drops=o["drops"])
+    if by.cost == TIME:
+        require_times(runs)
     return by
 
 

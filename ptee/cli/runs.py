@@ -24,6 +24,7 @@ from ptee.cli.values import (
     opened_runs,
     recipe_of_exits,
     refuse_about_model,
+    refuse_of_run,
     remark_on,
     require_model,
     require_runs,
@@ -50,8 +51,7 @@ def evaluate(run: str, **o: Any) -> None:
 
     remark_on(o["threshold"])
     if is_exported(run):
-        if o["weights"] is not None:
-            raise PteeError(Argument("weights"), f" is about a run, and {run} is an exported model. Leave it out.")
+        refuse_of_run(run, o, ["weights"])
         how = {key: value for key, value in how_of(o).items() if key != "speed"}
         places = {key: o[key] for key in ("threshold", "data", "data_root", "classes")}
         answered = evaluate_exported(run, **places, **how, word=as_option)
@@ -193,16 +193,12 @@ def bench(run: str | None, **o: Any) -> None:
     recipe = recipe_of_exits(o)
     require_model(o)
     require_timing(o)
-    import torch
-
     from ptee._common.devices import resolve_device
-    from ptee.timing.benchmark import bench as measure
+    from ptee.pipeline.timed_run import bench_untrained
 
     device = resolve_device(o["device"])
-    if o["threads"]:
-        torch.set_num_threads(o["threads"])
-    model = untrained(backbone_of(o), recipe).to(device)
-    show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
+    how = {key: o[key] for key in ("batch_sizes", "rounds", "threads")}
+    show(bench_untrained(untrained(backbone_of(o), recipe).to(device), **how), o)
 
 
 def _bench_run(run: str, o: dict[str, Any]) -> None:
@@ -213,12 +209,9 @@ def _bench_run(run: str, o: dict[str, Any]) -> None:
     from ptee.deploy.manifest import is_exported
     from ptee.pipeline.timed_run import bench_exported_folder, bench_saved
 
-    for name in ("executor", "save", "weights") if is_exported(run) else ():
-        if o[name]:
-            wrong = Argument(name, "True" if name == "save" else "")
-            raise PteeError(wrong, f" is about a run, and {run} is an exported model. Leave it out.")
     device = resolve_device(o["device"])
     if is_exported(run):
+        refuse_of_run(run, o, ["executor", "save", "weights"])
         places = {key: o[key] for key in ("rounds", "threads", "data", "data_root", "classes")}
         show(bench_exported_folder(run, o["batch_sizes"], device=device, **places), o)
         return

@@ -13,7 +13,7 @@ from cloup import command, option, option_group
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import number_of
 from ptee.cli.options import DEVICE, WEIGHTS, File, Real, RunName, in_groups
-from ptee.cli.values import require_runs
+from ptee.cli.values import refuse_of_run, require_runs
 
 STOPPED = "Stopped. All that came was answered."
 NEEDS = {
@@ -183,7 +183,7 @@ def _serve_with_ray(run: str, o: Mapping[str, Any]) -> None:
     from ptee.serving.ray_serve import run_with_ray
 
     exported = is_exported(run)
-    _refuse(exported, o)
+    _refuse(run, exported, o)
     if o["max_fidelity_drop"] is not None:
         raise PteeError(
             Argument("max_fidelity_drop"), " is for one process. Give ", Argument("local", "True"), ", too."
@@ -227,7 +227,7 @@ def _opened(run: str, o: Mapping[str, Any]) -> Any:
     from ptee.deploy.runner import load_exported
 
     exported = is_exported(run)
-    _refuse(exported, o)
+    _refuse(run, exported, o)
     if exported:
         if o["threads"]:
             _set_threads(Path(run), o["threads"])
@@ -257,11 +257,9 @@ def _set_threads(folder: Path, threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _refuse(exported: bool, o: Mapping[str, Any]) -> None:
+def _refuse(run: str, exported: bool, o: Mapping[str, Any]) -> None:
     """Options that are about something else than what is served."""
-    for name in ("bare", "max_fidelity_drop", "weights"):
-        if exported and o[name]:
-            what = Argument(name, "True" if name == "bare" else "")
-            raise PteeError(what, " is about a run, and this is an exported model. Serve the run.", argument=name)
+    if exported:
+        refuse_of_run(run, o, ["bare", "max_fidelity_drop", "weights"])
     if o["bare"] and o["max_fidelity_drop"]:
         raise PteeError(Argument("max_fidelity_drop"), " watches exits, and ", Argument("bare", "True"), " has none.")

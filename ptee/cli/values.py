@@ -212,6 +212,14 @@ def refuse_about_model(run: str, o: dict[str, Any]) -> None:
         raise PteeError(wrong, " is about a model with untrained exits, and a run has its own. Leave it out.")
 
 
+def refuse_of_run(run: str, o: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse options of these names, which are about a run, where an exported model is given."""
+    for name in names:
+        if o[name]:
+            wrong = Argument(name, "True" if o[name] is True else "")
+            raise PteeError(wrong, f" is about a run, and {run} is an exported model. Leave it out.", argument=name)
+
+
 def refuse_given(options: Iterable[str], why: str) -> None:
     """Refuse options that were typed and would change nothing, because of what another option asks for.
 

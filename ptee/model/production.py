@@ -44,10 +44,6 @@ class InProduction:
         backbone: Any
         _hold: Any
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pickles of older versions lack what was added since."""
-        super().__setstate__({"versions": {}} | state)  # type: ignore[misc]
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SLIPS:
             raise PteeError(

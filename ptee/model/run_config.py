@@ -22,7 +22,7 @@ from ptee.backbones.library import MOST_CLASSES, per_channel, require_pixels
 from ptee.exits.config import AUTO, CALIBRATED, PLUS
 from ptee.production.curve import Curve
 
-SCHEMA_VERSION = 3  # 2: hashes of the heads' tensors, and a fingerprint; 3: the fingerprint covers the images
+SCHEMA_VERSION = 3  # 1: of ptee 0.1.0, without hashes of tensors and without a fingerprint
 MOST_EXITS = 1000
 DEEPEST = 32  # lists and objects inside each other
 INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}  # numbers that JSON has no other way to say
@@ -240,8 +240,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         "front": front and {key: front.get(key) for key in ("source", "input")},
         "exits": [[row["name"], row["head"]] for row in config["exits"]],
         "tensors": config.get("tensors"),
+        "images": [data.get("split"), tuning.get("source"), tuning.get("files_sha256")],
+        "blend": (config.get("answers") or {}).get("blend"),
     }
-    if config.get("schema_version", SCHEMA_VERSION) > 2:
-        kept["images"] = [data.get("split"), tuning.get("source"), tuning.get("files_sha256")]
-        kept["blend"] = (config.get("answers") or {}).get("blend")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ptee import __version__
-from ptee._common.errors import PteeError, RunError, first_line, some, warn
+from ptee._common.errors import PteeError, RunError, some, warn
 from ptee._common.files import as_path, is_file, plain, to_json
 from ptee._common.text import type_name
 from ptee._common.validation import from_pydantic
@@ -325,9 +325,11 @@ def read(folder: str | Path, **hub: Any) -> Run:
 
 
 def _read(folder: str | Path, **hub: Any) -> Run:
-    config, path, own, remote = read_run(folder, **hub)
-    backbone = None if own is None else _tensors(folder, own)
-    return Run(str(folder), config, _tensors(folder, path), backbone, remote, {})
+    from safetensors.torch import load_file
+
+    config, path, own, remote = read_run(folder, **hub)  # which has looked at all of both files
+    backbone = None if own is None else load_file(own)
+    return Run(str(folder), config, load_file(path), backbone, remote, {})
 
 
 def fill(heads: nn.Module, run: Run) -> None:
@@ -349,13 +351,3 @@ def require_finite(folder: str, tensors: Mapping[str, Tensor], built: Mapping[st
     odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all() and built[name].isfinite().all()]
     if odd:
         raise RunError(f"{folder}: values that are not finite (inf or NaN) in {some(odd, 3)}. Train it again.")
-
-
-def _tensors(folder: str | Path, path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError) as why:
-        raise RunError(f"{folder}: {path.name} is cut off or damaged ({first_line(why)}) Copy it again.") from why

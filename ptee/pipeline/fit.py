@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ptee._common.devices import of_main_process, require_launch, resolve_device
-from ptee._common.errors import Argument, DataError, Interrupted, PteeError, warn
+from ptee._common.errors import Argument, Interrupted, PteeError, warn
 from ptee._common.files import to_json
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import Log, silent
@@ -263,13 +263,8 @@ def checked_model(
     """
     recipe, labelled = recipe.resolved(), has_labels(data)
     target = recipe.thresholds.target(labelled)
-    question = recipe.confidence.question
     require_confidence(recipe.confidence.name)
     require_no_percentage(recipe.thresholds.threshold)
-    if not labelled and question != "agrees":
-        wanted, instead = Argument.text("question", question), Argument.text("question", "agrees")
-        text = "The images have no labels for "
-        raise DataError(text, wanted, ". Give ", instead, ".", argument="question", value=question)
     model = build_model(backbone, recipe, times)
     try:
         if target is not None:

@@ -70,6 +70,7 @@ class _Results(_Checked):
     samples: int = 0
     verdict: list[str] = []
     tuning: _Tuning | None = None
+    calibration: dict[str, Any] | None = None
 
 
 class _Epoch(_Checked):
@@ -107,10 +108,6 @@ def read_recorded(run: str) -> dict[str, Any]:
         facts.recorded(metrics.get("results") or {})
         if epochs := (metrics.get("training") or {}).get("epochs"):
             exit_figures.training(epochs)
-        calibration, tuning = ((metrics.get("results") or {}).get(key) or {} for key in ("calibration", "tuning"))
-        if not isinstance(calibration, dict) or not isinstance(tuning, dict):
-            raise TypeError
-        float((tuning.get("target") or {}).get("limit", 0))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as why:
         raise RunError(f"{run}: {METRICS} does not hold what a run records. Copy the run again.") from why
     return metrics

@@ -15,7 +15,7 @@ from typing import Any
 from ptee._common.devices import require_one_process
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
 from ptee._common.text import or_dash, table
-from ptee._common.writing import clear_unfinished, require_writable, write_text
+from ptee._common.writing import clear_unfinished, write_text
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
 from ptee.data.demo_images import DEMO
@@ -112,7 +112,6 @@ def run_sweep(
     """
     assert job.out is not None
     require_one_process()
-    require_writable(job.out)
     clear_unfinished(job.out)
     data, runs = _Images(open_data), _runs(base, axes, job.out)
     for folder, _, recipe in runs:

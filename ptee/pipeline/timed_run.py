@@ -22,7 +22,15 @@ from ptee.pipeline.saved_run import load_run, open_run, usual_threads
 from ptee.timing.exported_bench import ExportedBench, bench_exported
 from ptee.timing.measure import measure
 from ptee.timing.run_bench import MOST_IMAGES, RunBench, bench_run
+from ptee.timing.settings import HOOKS
 from ptee.timing.times import save_times
+
+
+def bench_untrained(model: EarlyExitModel, *, batch_sizes: Sequence[int], rounds: int, threads: int | None) -> RunBench:
+    """Time a model with untrained exits beside its bare backbone. Who would leave at its thresholds says nothing yet."""
+    with devices.threads(threads):
+        times = measure(model, batch_sizes, [HOOKS], rounds=rounds)
+        return bench_run(model, times, batch_sizes, rounds=rounds)
 
 
 def bench_saved(

@@ -12,47 +12,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptee._common.clock import ratio
+from ptee._common.clock import ratio, spread
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, table
+from ptee._common.text import number_of
 from ptee.deploy.runner import Array, Runner
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
 from ptee.timing.laps import MAX_SECONDS, in_turns
-from ptee.timing.run_bench import OWN_THRESHOLDS, SIZES, some_batches, timed, too_few, with_each
+from ptee.timing.run_bench import (
+    OWN_THRESHOLDS,
+    SIZES,
+    Line,
+    lines_table,
+    remarks,
+    some_batches,
+    timed,
+    too_few,
+    with_each,
+)
 from ptee.timing.settings import leaving_at_first
 from ptee.timing.times import between, device_name, in_threads, sizes_to_measure
 
 NOBODY = "nobody"
-NOISY = 1.1  # a limit so many times the time
-DISTURBED = "A limit is above the time that it limits: other programs ran meanwhile. Repeat it on a quiet machine."
 LEGEND = """\
-ms: of one batch. own thresholds: those of the manifest, on real images.
+by: what ran it: the format of the files.
+ms: of one batch, the median of the rounds. own thresholds: those of the manifest, on real images.
 / nobody: divided by the time of a batch from which nobody leaves. To see it beside the bare backbone: ptee bench RUN --executor onnx.
 counted: mean multiply-accumulates of an image, heads included, divided by the bare backbone's.
 limit: the time of the pieces alone, at the numbers of rows that they ran at.
 lost: / nobody less the limit. Below 0: less than the clock can tell."""
-
-
-@dataclass(frozen=True)
-class ExportedLine:
-    """One way to use an exported model in batches of one size.
-
-    Attributes:
-        batch: images in a batch.
-        leaving: who leaves, in words.
-        seconds: of a batch.
-        time: divided by that of a batch from which nobody leaves.
-        counted: the mean cost in multiply-accumulates, of the bare backbone's.
-        limit: the time of the pieces alone, at the numbers of rows that they ran at.
-    """
-
-    batch: int
-    leaving: str
-    seconds: float
-    time: float
-    counted: float
-    limit: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class ExportedBench:
     """
 
     model: str
-    lines: tuple[ExportedLine, ...]
+    lines: tuple[Line, ...]
     note: str = ""
     legend: ClassVar[str] = LEGEND
 
@@ -75,17 +63,7 @@ class ExportedBench:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [
-            (
-                str(line.batch), line.leaving, f"{1000 * line.seconds:.2f}", f"{line.time:.3f}", f"{line.counted:.3f}",
-                f"{line.limit:.3f}", f"{line.time - line.limit:.3f}",
-            )
-            for line in self.lines
-        ]  # fmt: skip
-        title = ("batch", "who leaves", "ms", "/ nobody", "counted", "limit", "lost")
-        noisy = any(line.limit > NOISY * line.time for line in self.lines)
-        notes = [words for words in (self.note, DISTURBED * noisy) if words]
-        return f"{self.model}\n\n{table([title, *rows], left={1})}" + "".join(f"\n\n{words}" for words in notes)
+        return f"{self.model}\n\n{lines_table(self.lines, NOBODY)}{remarks(self.note, self.lines)}"
 
 
 def bench_exported(
@@ -111,7 +89,7 @@ def _example(runner: Runner, rows: int) -> Array:
 
 def _lines(
     runner: Runner, b: int, rows: Sequence[int], pieces: Sequence[Sequence[float]], images: Tensor | None, rounds: int
-) -> list[ExportedLine]:
+) -> list[Line]:
     m, x = runner.manifest, _example(runner, b)
     first = m.pieces[0].exit
     calls: dict[str, Any] = {}
@@ -132,7 +110,8 @@ def _lines(
         answers = [runner.predict(part) for part in batches] if own else [call()]
         limit = statistics.mean(_limit(runner, out.exit_index, alone) for out in answers) / statistics.median(nobody)
         counted = statistics.mean(float(cost) for out in answers for cost in out.cost)
-        lines.append(ExportedLine(b, words, statistics.median(each), ratio(each, nobody), counted, limit))
+        time = ratio(each, nobody)
+        lines.append(Line(b, m.format, words, statistics.median(each), time, time, counted, limit, spread=spread(each)))
     return lines
 
 

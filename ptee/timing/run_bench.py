@@ -100,23 +100,30 @@ class RunBench:
 
     def __str__(self) -> str:
         t = self.times
-        others = any(line.executor in OTHERS for line in self.lines)
-        energy = any(line.joules is not None for line in self.lines)
-        ratios = ("/ bare", *["/ torch"] * others)
-        title = ("batch", "by", "who leaves", "ms", *ratios, "counted", "limit", "lost", *["mJ/image"] * energy)
-        rows = [_cells(line, others, energy) for line in self.lines]
         return (
             f"{t.backbone} with {number_of(len(t.exits), 'exit')} on {t.device_name}{in_threads(t.device, t.threads)}, {t.dtype}\n"
             "Times are shares of the bare backbone's time; counted: of its multiply-accumulates.\n\n"
-            + table([title, *rows], left={1, 2})
-            + f"\n\n{RATIOS}"
-            + f" {BELOW_ZERO}" * any((line.lost or 0) < 0 for line in self.lines)
-            + "".join(f"\n\n{words}" for words in (self.note, noise(line.spread for line in self.lines)) if words)
+            f"{lines_table(self.lines, 'bare')}{remarks(self.note, self.lines)}"
         )
 
 
-RATIOS = "/ bare is the median of each round's own quotient, so it is not that of two numbers below ms."
+RATIOS = "/ {} is the median of each round's own quotient, so it is not that of two numbers below ms."
 BELOW_ZERO = "lost below 0 is noise: less than the clock can tell, as the limit was measured apart."
+
+
+def lines_table(lines: Sequence[Line], base: str) -> str:
+    """The lines as a table, and what must be known to read it. `base`: what times are divided by."""
+    others = any(line.executor in OTHERS and line.over_eager != line.time for line in lines)
+    energy = any(line.joules is not None for line in lines)
+    ratios = (f"/ {base}", *["/ torch"] * others)
+    title = ("batch", "by", "who leaves", "ms", *ratios, "counted", "limit", "lost", *["mJ/image"] * energy)
+    shown = table([title, *(_cells(line, others, energy) for line in lines)], left={1, 2})
+    return f"{shown}\n\n{RATIOS.format(base)}" + f" {BELOW_ZERO}" * any((line.lost or 0) < 0 for line in lines)
+
+
+def remarks(note: str, lines: Sequence[Line]) -> str:
+    """What else is to be said below the table: why something was left out, and that it was not quiet."""
+    return "".join(f"\n\n{words}" for words in (note, noise(line.spread for line in lines)) if words)
 
 
 def _cells(line: Line, others: bool, energy: bool) -> tuple[str, ...]:

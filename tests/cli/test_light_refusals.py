@@ -32,7 +32,7 @@ LONG = "x" * 5000
 WITHOUT = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
-sys.modules |= dict.fromkeys(("torch", "numpy", "timm", "torchvision"))
+sys.modules |= dict.fromkeys(("torch", "timm", "torchvision"))
 from ptee.cli.main import main
 done = {}
 for name, words in json.load(sys.stdin).items():

@@ -455,6 +455,6 @@ def test_a_module_called_like_a_rule_is_meant_behind_the_input_too(tmp_path):
 
 
 def test_the_benchmark_takes_it(model):
-    from ptee.timing.benchmark import bench
+    from ptee.pipeline.timed_run import bench_untrained
 
-    assert "exit 0" in str(bench(model, [2], rounds=3))
+    assert "exit 0" in str(bench_untrained(model, batch_sizes=[2], rounds=3, threads=None))

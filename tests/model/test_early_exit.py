@@ -741,15 +741,6 @@ def test_an_empty_batch_is_a_batch(threshold):
     assert [part.dtype for part in every] == [part.dtype for part in shared().all_exits(images())]
 
 
-def test_a_pickle_of_an_older_version_answers_and_is_saved(tmp_path):
-    model, x = made(), torch.randn(4, *SIZE)
-    want = model.predict(x)
-    del model.__dict__["versions"], model._hold.__dict__["_noted"]
-    model = unpickled(model)
-    assert torch.equal(model.predict(x).logits, want.logits)
-    model.save_pretrained(tmp_path)
-
-
 def test_a_pickled_model_keeps_its_hooks_where_others_are_given_their_numbers(monkeypatch):
     def new_numbers() -> None:
         """Hooks are numbered from zero again, as in a new process."""

@@ -30,7 +30,7 @@ def changed(name: str, **fields: Any) -> dict[str, Any]:
 
 def test_what_the_library_writes_is_read_with_the_hash_of_each_tensor(tmp_path):
     tensors = {
-        name: torch.arange(6, device="cpu").reshape(2, 3).to(getattr(torch, name)) for name, _ in TYPES.values()
+        name: torch.arange(6, device="cpu").reshape(2, 3).to(getattr(torch, name)) for name in TYPES.values()
     } | {"scalar": torch.tensor(0.5, device="cpu"), "empty": torch.zeros(0, 3, device="cpu")}
     save_file(tensors, tmp_path / "w.safetensors", metadata={"format": "pt"})
     found = read_header(tmp_path / "w.safetensors")
@@ -61,16 +61,10 @@ def test_a_header_that_the_library_refuses_is_refused(case, tmp_path):
         read_header(file)
 
 
-STRICTER = {
-    "a name twice": json.dumps(PLACES).encode()[:-1] + b', "a": ' + json.dumps(PLACES["a"]).encode() + b"}",
-    "ten thousand sides": changed("a", shape=[1] * 10_000 + [6]),
-}
-
-
-@pytest.mark.parametrize("case", STRICTER)
-def test_a_header_that_no_heads_have_is_refused_though_the_library_reads_it(case, tmp_path):
-    with pytest.raises(ValueError, match=r"is there twice|a list of 8 at most"):
-        read_header(written(tmp_path / "w.safetensors", STRICTER[case]))
+def test_a_name_that_is_there_twice_is_refused_though_the_library_reads_it(tmp_path):
+    header = json.dumps(PLACES).encode()[:-1] + b', "a": ' + json.dumps(PLACES["a"]).encode() + b"}"
+    with pytest.raises(ValueError, match="is there twice"):
+        read_header(written(tmp_path / "w.safetensors", header))
 
 
 @pytest.mark.parametrize("length", [33, 2**40, 2**63, 2**64 - 1])

@@ -19,7 +19,7 @@ from ptee._common.process import own_random_numbers
 from ptee.analysis.arithmetic import exact_arithmetic, tolerance
 from ptee.backbones.load import load_backbone
 from ptee.timing.backbone import time_of_modules
-from ptee.timing.benchmark import bench
+from ptee.timing.measure import measure
 
 SIZE = (3, 8, 8)
 
@@ -89,7 +89,7 @@ def test_a_pass_in_another_thread_goes_on_where_that_of_a_benchmark_ends():
     images = torch.randn(2, *SIZE)
     want, begun, answers = net(images), [], []
     net.meanwhile = lambda: (begun.append(1), answers.append(net(images)))
-    bench(model, [2], rounds=1)
+    measure(model, [2], rounds=1)
     assert len(answers) == len(begun) > 0
     assert all(torch.equal(answer, want) for answer in answers)
 

@@ -20,7 +20,6 @@ from ptee.backbones.load import load_backbone
 from ptee.timing import laps
 from ptee.timing import measure as timing_measure
 from ptee.timing.backbone import time_of_modules
-from ptee.timing.benchmark import bench
 from ptee.timing.laps import Laps, in_turns
 from ptee.timing.measure import all_on, bare_by, hook_laps, measure, measure_static
 from ptee.timing.run_bench import bench_run
@@ -28,15 +27,13 @@ from ptee.timing.run_bench import bench_run
 pytestmark = pytest.mark.cpu("a GPU looks at its own clock")
 
 
-@pytest.mark.parametrize("way", ["bench", "measure", "bench a run", "evaluate", "modules", "a smaller network"])
+@pytest.mark.parametrize("way", ["measure", "bench a run", "evaluate", "modules", "a smaller network"])
 def test_a_network_that_writes_into_its_images_is_timed_on_the_same_images_each_time(way):
     model = ptee.augment(Normalises(), exits=["a"], input_size=SIZE, head="pool")
     images, kept = torch.randn(20, *SIZE), Kept()
     times = measure(model, [2], rounds=3)
     model.backbone.a.register_forward_pre_hook(kept)
-    if way == "bench":
-        bench(model, [2], rounds=3)
-    elif way == "measure":
+    if way == "measure":
         measure(model, [2], rounds=3)
     elif way == "bench a run":
         bench_run(model, times, [2], images, rounds=3)

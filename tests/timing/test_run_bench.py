@@ -75,10 +75,10 @@ def test_the_table_names_its_units_and_the_legend_its_columns():
         "    4  torch  bare backbone  10.00   1.000        -      -      -",
         "    4  hooks  nobody         12.00   1.200    1.020  1.100  0.100",
         "",
-        RATIOS,
+        RATIOS.format("bare"),
     ]
     below_zero = RunBench(Times(**values()), (lines[0], replace(lines[1], limit=1.3)))
-    assert str(below_zero).endswith(f"{RATIOS} {BELOW_ZERO}")
+    assert str(below_zero).endswith(f"{RATIOS.format('bare')} {BELOW_ZERO}")
     noisy = RunBench(Times(**values()), (lines[0], replace(lines[1], spread=0.83)))
     assert str(noisy).endswith(
         "The rounds of one line differ by 83%, as where other programs run meanwhile. Repeat it on a quiet machine."
