@@ -31,7 +31,7 @@ class Settings:
     plan: Plan
     calibrated: Calibrated | None
     blend: Blend | None
-    choosing = Lock()  # of models in pickles of older versions; others have their own
+    choosing: Lock
 
     @property
     def threshold(self) -> list[float]:
