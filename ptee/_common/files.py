@@ -87,8 +87,11 @@ def file_hash(path: Path) -> str:
 
 def packed_by(path: Path) -> str:
     """The program that compressed a file, or an empty text."""
-    with path.open("rb") as stream:
-        begin = stream.read(6)
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(6)
+    except OSError:
+        return ""
     return next((name for magic, name in PACKED.items() if begin.startswith(magic)), "")
 
 

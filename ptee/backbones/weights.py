@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ptee._common.errors import some
+from ptee._common.errors import first_line, some
 from ptee.analysis.verify import counting_buffers
 from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 from ptee.backbones.matching import COUNTER, find_network
@@ -29,7 +29,10 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint) -> str | None:
     # some modules, such as torchvision's MNASNet, read old formats by a version number that safetensors cannot hold
     if getattr(match.tensors, "_metadata", None) is None:
         match.tensors._metadata = getattr(module.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
-    module.load_state_dict(match.tensors, strict=True)
+    try:
+        module.load_state_dict(match.tensors, strict=True)
+    except Exception as error:
+        raise refusal(checkpoint.file, f"does not fit {type(module).__name__}: {first_line(error)}") from error
     return match.note
 
 

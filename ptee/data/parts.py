@@ -167,12 +167,20 @@ def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iter
     """Tables of some thousand rows with these columns, part by part, without images that cannot be read. A changed file is refused."""
     pa = arrow()
     for part in sorted(manifest.parts, key=lambda part: part.name):
+        rows = 0
         for file in part.files:
             path = folder / part.name / file.name
             _require_same(path, file)
-            with pa.parquet.ParquetFile(path, memory_map=True) as table:
-                for batch in table.iter_batches(ROWS_AT_ONCE, columns=["fault", *columns]):
-                    yield batch.filter(pa.compute.equal(batch["fault"], ""))
+            try:
+                with pa.parquet.ParquetFile(path, memory_map=True) as table:
+                    for batch in table.iter_batches(ROWS_AT_ONCE, columns=["fault", *columns]):
+                        readable = batch.filter(pa.compute.equal(batch["fault"], ""))
+                        rows += len(readable)
+                        yield readable
+            except (pa.ArrowException, OSError, KeyError, ValueError) as why:
+                raise DataError(f"{path} is no table of such rows: {first_line(why)}") from why
+        if rows != part.rows:
+            raise DataError(f"{folder / part.name} has {rows:,} rows, and its manifest says {part.rows:,}.")
 
 
 def key_hashes(folder: Path, manifest: Manifest) -> np.ndarray:

@@ -147,6 +147,8 @@ def _other_data(written: Mapping[str, Any], training: Mapping[str, Any]) -> str:
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], epochs: list[Epoch]) -> Checkpoint:
+    if [epoch.number for epoch in epochs] != [*range(1, len(epochs) + 1)]:
+        raise ValueError("its epochs are not numbered one after another")
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
     optimizer: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():

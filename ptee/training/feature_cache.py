@@ -42,6 +42,7 @@ from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
 
 IN_MEMORY = 2**30  # bytes up to which a cache stays in memory, in the precision it was computed in
+LARGEST_SIDE = 2**16  # of a map
 LIMIT = 32 * 2**30  # bytes above which a cache is refused
 
 
@@ -332,13 +333,19 @@ def open_cache(folder: str | Path) -> CacheFolder:
     """
     path = as_path(folder, "folder")
     manifest = read_whole(path, "cache")
-    if not manifest.rows:
-        raise DataError(f"{path} holds no image that can be read.")
+    shapes, classes = manifest.about.get("shapes"), manifest.about.get("classes")
+    if not (_are_shapes(shapes) and type(classes) is int and 0 < classes <= LARGEST_SIDE and manifest.rows):
+        raise DataError(f"{path}: its manifest does not say what it holds. Make it again: ptee cache RUN.")
     return CacheFolder(path, manifest)
 
 
 def _is_known(recorded: Any, model: EarlyExitModel) -> bool:
     return any(recorded == each for each in recorded_hashes(model.backbone, model.plan.input_size))
+
+
+def _are_shapes(values: Any) -> bool:
+    sides = [side for shape in values if isinstance(shape, list) for side in shape] if isinstance(values, list) else []
+    return bool(sides) and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
 
 
 def what_heads_read(model: EarlyExitModel) -> dict[str, Any]:

@@ -226,6 +226,11 @@ def open_traces(*folders: str | Path) -> TraceFolder:
     manifests = []
     for path in paths:
         manifest = read_whole(path, "traces")
+        missing = [key for key in ("heads", "backbone", "confidence", "logits") if key not in manifest.about]
+        if missing or not (manifest.about["logits"] == "all" or type(manifest.about["logits"]) is int):
+            raise DataError(
+                f"{path}: its manifest does not say {missing[0] if missing else 'logits'}. Record it again."
+            )
         if not manifest.rows:
             raise DataError(f"{path} holds no image that can be read.")
         manifests.append(manifest)

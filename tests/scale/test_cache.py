@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,15 @@ def test_a_disk_without_room_for_a_folder_is_named(a_run, folder, monkeypatch):
     with pytest.raises(DataError, match=r"To learn from .* which has no room for it\. Free some, or set TMPDIR") as why:
         ptee.train(ptee.load(a_run), folder, **SHORT)
     assert "cache=" not in str(why.value)
+
+
+@pytest.mark.parametrize("about", [{"shapes": [[2**40, 1, 1]]}, {"shapes": "x"}, {"classes": -1}], ids=str)
+def test_a_folder_whose_manifest_was_changed_is_refused(about, folder, tmp_path):
+    manifest = json.loads((folder.folder / "manifest.json").read_text())
+    manifest["about"] |= about
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="its manifest does not say what it holds"):
+        ptee.open_cache(tmp_path)
 
 
 def test_traces_are_no_cache_and_the_other_way_round(a_run, shards, folder, tmp_path):

@@ -143,6 +143,15 @@ def test_traces_of_another_run_are_refused(a_run, folder):
         ptee.evaluate(model, folder, speed=False)
 
 
+@pytest.mark.parametrize("key", ["heads", "backbone", "confidence", "logits"])
+def test_a_folder_whose_manifest_was_changed_is_refused(key, folder, tmp_path):
+    manifest = json.loads((folder.folders[0] / "manifest.json").read_text())
+    del manifest["about"][key]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"its manifest does not say {key}"):
+        ptee.open_traces(tmp_path)
+
+
 def test_traces_of_other_images_are_not_compared(a_run, folder, tmp_path):
     shard(tmp_path / "a.tar", range(30, 60))
     other = ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out")
