@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Any
 from ptee._common.errors import DataError, some
 from ptee._common.files import packed_by
 from ptee._common.listing import (
+    EXTENSIONS,
     LAYOUTS,
-    is_hidden,
+    files_below,
+    folders_by_place,
     is_one_of_several,
-    not_listed,
     refuse_broken_link,
     subfolders,
     tar_members,
@@ -31,7 +32,6 @@ from ptee._common.text import number_of, spelt
 from ptee.data.pictures import File, Key
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, with_all_parts, word_of
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
 UNREAD = (
     *(".avif", ".cr2", ".dds", ".dng", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jxl", ".nef"),
@@ -272,7 +272,7 @@ def _left_out(found: _Part, part: str) -> list[str]:
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
     found = _Part(loose=_loose(visible(folder)))
-    reached = _by_place(subfolders(folder))
+    reached = folders_by_place(subfolders(folder))
     for path in subfolders(folder):
         pictures, found.others[path.name] = _files_below(path, reached)
         start = len(str(path))
@@ -287,24 +287,6 @@ def _read_folder(folder: Path, part: str) -> _Part:
     return found
 
 
-def _by_place(folders: Sequence[Path]) -> dict[Path, Path]:
-    """Each class folder by where it lies. Two that are one are refused."""
-    found: dict[Path, Path] = {}
-    for path in folders:
-        other = found.setdefault(path.resolve(), path)
-        if other != path:
-            raise _two_classes(other, path)
-    return found
-
-
-def _two_classes(one: Path, other: Path) -> DataError:
-    """The error of two ways to one folder: each of its pictures would have two labels."""
-    link = next((path for path in (other, one, *other.parents) if path.is_symlink()), other)
-    return DataError(
-        f"'{one}' and '{other}' are the same folder, so its pictures would have two classes: remove the link '{link}'."
-    )
-
-
 def _refuse_no_images(folder: Path, found: _Part) -> None:
     if any(map(_is_picture, visible(folder))):
         above, several = with_all_parts(folder.parent), is_one_of_several(folder, _is_picture)
@@ -317,21 +299,8 @@ def _refuse_no_images(folder: Path, found: _Part) -> None:
     raise DataError(f"No images in class folders of '{folder}'{holds}: it should hold {LAYOUTS}.{unpack}")
 
 
-def files_below(folder: Path, reached: dict[Path, Path]) -> Iterator[Path]:
-    """The files below a folder, in linked folders too. `reached` is of `_is_new`."""
-
-    def refuse(why: OSError) -> None:
-        raise not_listed(why) from why
-
-    # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
-    for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
-        below = sorted((Path(top, name) for name in inner if not is_hidden(name)), key=lambda p: (p.is_symlink(), p))
-        inner[:] = [path.name for path in below if _is_new(path, folder, reached)]
-        yield from (Path(top, name) for name in names if not is_hidden(name))
-
-
 def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Counter[str]]:
-    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `_is_new`."""
+    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `folders_by_place`."""
     pictures, others = [], Counter[str]()
     for path in files_below(folder, reached):
         if path.suffix.lower() in EXTENSIONS:
@@ -341,27 +310,6 @@ def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Co
                 refuse_broken_link(path)
             others[path.suffix.lower() or "without extension"] += 1
     return sorted(pictures), others
-
-
-def _is_new(path: Path, folder: Path, reached: dict[Path, Path]) -> bool:
-    """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it.
-
-    `reached`: the folders of all classes so far, by where they lie. One that is of another class, too, is refused.
-    """
-    try:
-        place = path.resolve()
-    except OSError as why:  # a link within /proc
-        raise not_listed(why) from why
-    if path.is_symlink() and path.parent.resolve().is_relative_to(place):
-        return False
-    other = reached.setdefault(place, path)
-    if not other.is_relative_to(folder) and _has_pictures(place):
-        raise _two_classes(other, path)
-    return other == path
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(name.lower().endswith(EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
 
 
 def _read_tar(path: Path, part: str) -> _Part:

@@ -19,9 +19,10 @@ from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded, from_json, require_utf8
+from ptee._common.listing import EXTENSIONS, files_below
 from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS, files_below, list_files
+from ptee.data.folders import list_files
 from ptee.data.parts import arrow
 from ptee.data.pictures import NOT_A_FILE
 from ptee.data.splits import parts_of
