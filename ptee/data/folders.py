@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ptee._common.listing import (
     visible,
 )
 from ptee._common.text import number_of, spelt
-from ptee.data.pictures import File, Key
+from ptee.data.pictures import File, Key, is_no_picture, require_no_masks, same_folders
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, with_all_parts, word_of
 
 # Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
@@ -52,6 +52,7 @@ class Listing:
     origin: dict[str, str]  # the name of each part in the source
     class_names: tuple[str, ...]  # in the order of the labels
     not_read: tuple[str, ...] = ()  # what else lies in the source, in words
+    all_read: str = ""  # which folders of classes are read, though they may be no pictures of the class, in words
 
 
 @dataclass
@@ -97,8 +98,11 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     parts = {part: read(path, part) for part, path in found.items()}
     if "train" in parts and not report_only:
         _refuse_empty_classes(parts["train"], found["train"])
+    for part, own in parts.items():
+        require_no_masks(found[part], own.files)
     not_read += [words for part, own in parts.items() for words in _left_out(own, part * (found[part] != folder))]
-    return _number_classes(kind, parts, found, removed, tuple(not_read))
+    all_read = same_folders(next(iter(parts.values())).files)
+    return replace(_number_classes(kind, parts, found, removed), not_read=tuple(not_read), all_read=all_read)
 
 
 def _named(paths: Iterable[Path]) -> dict[Path, str | None]:
@@ -179,6 +183,8 @@ def _refuse_same_subfolders(folder: Path) -> None:
     """Folders that all hold the same class folders are parts, whatever their names. More of them than that are classes in two levels."""
     tops = subfolders(folder)
     same = _with_pictures(tops[0]) if len(tops) > 1 else []
+    if any(map(is_no_picture, same)):  # images/ and masks/, of which `require_no_masks` speaks
+        return
     if len(same) >= max(2, len(tops)) and all(_with_pictures(top) == same for top in tops[1:]):
         raise DataError(
             f"The folders {some([top.name for top in tops])} of '{folder}' all hold {some(same)}, so they look like parts, not "
@@ -357,7 +363,7 @@ def _kind(member: tarfile.TarInfo, extension: str) -> str:
 
 
 def _number_classes(
-    kind: str, parts: Mapping[str, _Part], paths: Mapping[str, Path], removed: Sequence[Key], not_read: tuple[str, ...]
+    kind: str, parts: Mapping[str, _Part], paths: Mapping[str, Path], removed: Sequence[Key]
 ) -> Listing:
     """Labels are numbers of the classes, sorted by name as text. The training images say which classes there are."""
     first = next(iter(parts))  # "train" if it is there
@@ -374,7 +380,7 @@ def _number_classes(
         files += [File("", n, part, c) for whose, n, c in removed if whose == part and n not in there and c in number]
         labelled[part] = [(file, number[file.class_name]) for file in sorted(files, key=_order(kind))]
     origin = {part: path.name for part, path in paths.items()}
-    return Listing(kind, labelled, origin, tuple(number), not_read)
+    return Listing(kind, labelled, origin, tuple(number))
 
 
 def _refuse_two_spellings(names: Iterable[str]) -> None:

@@ -127,7 +127,67 @@ def test_folders_that_hold_the_same_class_folders_are_refused_as_parts(names, tm
 def test_many_classes_whose_pictures_lie_in_the_same_few_subfolders_are_classes(tmp_path):
     for name in ("cat", "dog", "owl"):
         write_folder(tmp_path / name, ["left/0.png", "left/1.png", "right/2.png", "right/3.png", "right/4.png"])
-    assert opened(tmp_path).class_names == ("cat", "dog", "owl")
+    data = opened(tmp_path)
+    assert data.class_names == ("cat", "dog", "owl")
+    assert data.summary.endswith("; each class holds left/ and right/: all are read.")
+
+
+def test_folders_that_nearly_each_class_of_the_training_images_holds_are_named(tmp_path):
+    classes = "abcdefghij"
+    for part in ("train", "val"):
+        write_folder(
+            tmp_path / part, [f"{name}/{side}/{n}.png" for name in classes for side in "xyz" for n in range(2)]
+        )
+    assert "; each class holds x/, y/ and z/: all are read" in opened(tmp_path).summary
+    for n in range(2):
+        (tmp_path / "train" / "a" / "x" / f"{n}.png").unlink()
+    write_folder(tmp_path, ["train/b/more/0.png", "train/c/0.png"])
+    assert "; nearly each class holds x/, y/ and z/: all are read" in opened(tmp_path).summary
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+@pytest.mark.parametrize("classes", ["ab", "abcd"])
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [("images", "masks"), ("images", "Lung Masks"), ("", "ground_truth"), ("x/images", "x/labels"), ("img", "GT")],
+)
+def test_masks_beside_the_pictures_of_classes_are_refused(images, masks, classes, top, tmp_path):
+    for kind in (images, masks):
+        write_folder(tmp_path, [f"{top}{name}/{kind}/{n}.png" for name in classes for n in range(4)])
+    said = rf"class folders of '{tmp_path / top}' hold {Path(masks).name}/ beside other pictures.* Move .* out of the class folders\."
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
+
+
+def test_masks_that_only_some_classes_can_have_are_refused(tmp_path):
+    write_folder(tmp_path, ["ill/images/0.png", "ill/masks/0.png", "well/0.png", "well/1.png"])
+    with pytest.raises(DataError, match="hold masks/ beside other pictures"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("twin", ["{} (1)_mask.png", "{} (1)_mask_1.png", "{} (1)-segmentation.png", "{} (1).GT.png"])
+def test_masks_beside_half_of_the_pictures_in_one_folder_are_refused(twin, tmp_path):
+    write_folder(tmp_path, [f"{c}/{n} (1).png" for c in "ab" for n in range(8)])
+    write_folder(tmp_path, [f"{c}/{twin.format(n)}" for c in "ab" for n in range(4)])
+    with pytest.raises(
+        DataError, match=r"At least half of the pictures of .* \('a/0 \(1\).*png' beside 'a/0 \(1\)\.png'\)"
+    ):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{sex}/{kind}/{n}.png" for sex in ("f", "m", "x") for kind in ("with_mask", "no_mask") for n in range(5)],
+        [f"{kind}/{n}.png" for kind in ("mask", "no mask") for n in range(9)],
+        [f"{kind}/{n}{tail}.png" for kind in "ab" for n in range(9) for tail in ("_left", "_right", "_mask" * (n < 3))],
+        [f"{kind}/{n}_mask.png" for kind in "ab" for n in range(9)],
+        [*numbered(20, "abc"), "a/masks/0.png"],
+    ],
+    ids=["pictures of masks below", "pictures of masks", "few twins", "no pictures of the masks", "one class of many"],
+)
+def test_pictures_that_only_sound_like_masks_are_read(names, tmp_path):
+    assert len(opened(write_folder(tmp_path, names)).class_names) > 1
 
 
 @pytest.mark.parametrize(("one", "two"), [("train", "test"), ("Training", "val"), ("train", "calib")])
