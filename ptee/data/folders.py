@@ -319,38 +319,62 @@ def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Co
 
 
 def _read_tar(path: Path, part: str) -> _Part:
-    """The pictures in one tar file. As in timm, the class is the folder or the inner tar file around a picture.
+    """The pictures in one tar file. The class is the folder or the inner tar file around a picture, as in timm, or one above.
 
     Only the positions of the pictures are kept. timm's reader keeps an open file, which the workers of a loader would share.
     """
-    found, folders, with_pictures = _Part(), [], set()
+    files: dict[tuple[str, ...], list[tuple[str, int, int]]] = {}  # by folder: name, offset, size
+    others: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    folders: list[tuple[str, ...]] = []
     try:
         with path.open("rb") as stream:
             for place, member, offset in tar_members(path, stream):
-                *above, name = place
-                class_name, extension = above[-1] if above else "", Path(name).suffix.lower()
+                extension = Path(place[-1]).suffix.lower()
                 if member.isdir():
                     folders.append(place)
                 elif member.isfile() and not member.issparse() and extension in EXTENSIONS:
-                    with_pictures.add(tuple(above))
-                    file = File(str(path), member.name, part, class_name, offset, member.size)
-                    found.files.setdefault(class_name, []).append(file)
+                    files.setdefault(place[:-1], []).append((member.name, offset, member.size))
                 elif extension in EXTENSIONS + UNREAD:
-                    found.files.setdefault(class_name, [])
-                    found.others[class_name][_kind(member, extension)] += 1
+                    others[place[:-1]][_kind(member, extension)] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         if packed := packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
-    if not found.classes:
+    if not files:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")
-    if "" in found.classes:
+    if () in files:
         raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
-    class_folders = {place[:-1] for place in with_pictures}  # the folders that hold the class folders
-    for place in folders:
-        if place not in with_pictures and place[:-1] in class_folders:
-            found.files.setdefault(place[-1], [])
+    _refuse_parts_in_tar(path, files)
+    level, found = _level_of_classes(files), _Part()
+    if loose := others.pop((), None):
+        found.loose.append(number_of(loose.total(), "picture", which=" outside of class folders"))
+    class_folders = {place[:level] for place in files}  # the folders that hold the class folders
+    for place in [*files, *others, *(place for place in folders if place[:-1] in class_folders)]:
+        name = "".join(place[level:][:1] or place[-1:])
+        own = found.files.setdefault(name, [])
+        own += [File(str(path), member, part, name, offset, size) for member, offset, size in files.pop(place, ())]
+        found.others[name] += others.pop(place, Counter())
     return found
+
+
+def _refuse_parts_in_tar(path: Path, folders: Iterable[tuple[str, ...]]) -> None:
+    """Classes of several parts would be joined: training would be on images to report on."""
+    inside: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+    for place in folders:
+        for level in range(len(place) - 1):
+            inside[place[:level]].add(place[level])
+    for names in inside.values():
+        if {"train"} < set((parts := parts_of(names)).values()):
+            own = some(sorted(parts, key=lambda name: PARTS.index(parts[name])))
+            raise DataError(f"'{path}' holds parts of its own ({own}): unpack it, and give the folder that holds them.")
+
+
+def _level_of_classes(folders: Collection[tuple[str, ...]]) -> int:
+    """Where the class stands in the names of folders with pictures: at the end as in timm, but not in CLASS/images, CLASS/masks."""
+    differs = (level for level, names in enumerate(zip(*folders, strict=False)) if len({*names}) > 1)
+    top = next(differs, min(map(len, folders)))
+    tops, inner = {names[top:][:1] for names in folders}, {names[-1] for names in folders}
+    return top if len(tops) > len(inner) else -1
 
 
 def _kind(member: tarfile.TarInfo, extension: str) -> str:

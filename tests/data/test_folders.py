@@ -565,6 +565,57 @@ def test_a_tar_inside_a_tar_is_a_class(tars, tmp_path):
     assert sorted(levels(data.train) + levels(data.calibration)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("top", ["", "data/"])
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("Training", "test_set"), ("seg_train", "seg_val")])
+def test_a_tar_file_that_holds_parts_of_its_own_is_refused(train, val, top, tars):
+    write_tar(
+        tars / "train.tar", [f"{top}{train}/{n}" for n in numbered(20)] + [f"{top}{val}/{n}" for n in numbered(6)]
+    )
+    said = rf"train\.tar' holds parts of its own \({train}, {val}\): unpack it, and give the folder that holds them"
+    with pytest.raises(DataError, match=said):
+        opened(tars)
+
+
+def test_parts_that_a_tar_file_holds_as_tar_files_are_refused(tars, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tars / "train.tar", "test/train.tar")
+        tar.add(tars / "validation.tar", "test/val.tar")
+    (tmp_path / "all.tar").rename(tars / "train.tar")
+    with pytest.raises(DataError, match=r"holds parts of its own \(train, val\)"):
+        opened(tars)
+
+
+@pytest.mark.parametrize("top", ["", "./", "data/", "data/train/"])
+@pytest.mark.parametrize("inner", [["images"], ["left", "right"], ["images", "of/the/left"]])
+def test_classes_in_a_tar_file_may_have_the_same_folders_as_in_a_folder(inner, top, tmp_path):
+    names = [f"{name}/{below}/{n}.png" for name in ("cat", "dog", "owl") for below in inner for n in range(5)]
+    write_folder(tmp_path / "folder" / "train", names)
+    write_tar(tmp_path / "tar" / "train.tar", [*(top + name for name in names), f"{top}cat/empty/"])
+    of_tar, of_folder = opened(tmp_path / "tar"), opened(tmp_path / "folder")
+    assert of_tar.class_names == of_folder.class_names == ("cat", "dog", "owl")
+    assert of_tar.split["sizes"] == of_folder.split["sizes"]
+    assert of_tar.unread == of_folder.unread
+
+
+def test_pictures_of_unknown_kinds_outside_of_classes_in_a_tar_file_are_named(tars):
+    write_tar(tars / "train.tar", [*numbered(20), "logo.gif"])
+    assert opened(tars).summary.endswith("not read: 1 picture outside of class folders of train.")
+
+
+def test_in_a_tar_file_classes_may_lie_in_groups(tmp_path):
+    write_tar(tmp_path / "train.tar", ["pets/cat/0.png", "pets/dog/1.png", "wild/owl/2.png", "more/wild/owl/3.png"])
+    assert opened(tmp_path).class_names == ("cat", "dog", "owl")
+
+
+def test_masks_in_a_tar_file_are_refused(tmp_path):
+    names = [
+        f"{name}/{kind}/{n}.png" for name in ("cat", "dog", "owl") for kind in ("images", "masks") for n in range(5)
+    ]
+    write_tar(tmp_path / "train.tar", names)
+    with pytest.raises(DataError, match="hold masks/ beside other pictures"):
+        opened(tmp_path)
+
+
 def test_workers_read_a_tar_that_was_read_before(tars):
     train = opened(tars).train
     expected = torch.stack([train[i][0] for i in range(len(train))])
