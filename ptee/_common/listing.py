@@ -29,7 +29,7 @@ def require_place(source: str | Path) -> bool:
     if not name.strip():
         raise DataError(f"The name of the data source is empty: {GIVE}.", argument="data", value=source)
     if path.is_dir():
-        _require_usable(name, path)
+        require_usable(name, path)
         return True
     if path.exists():
         text = f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}."
@@ -41,12 +41,16 @@ def require_place(source: str | Path) -> bool:
     return False
 
 
-def _require_usable(source: str, path: Path) -> None:
-    """Of the folders in which the system shows itself, /dev/shm alone holds files of users."""
+def require_usable(source: str, path: Path) -> None:
+    """Refuse the folders in which the system shows itself, of which /dev/shm alone holds files of users, and all of the disk.
+
+    A run may name them, also by a link that lies there: /proc/self/root.
+    """
     require_utf8(path.resolve(), "data folder")
-    top = path.resolve().parts[1:3]
-    if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
-        raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
+    for place in (path.resolve(), Path(os.path.normpath(path.absolute()))):
+        top = place.parts[1:3]
+        if not top or (top[0] in ("proc", "sys", "dev") and top != ("dev", "shm")):
+            raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -19,7 +19,7 @@ from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import expanded, from_json, require_utf8
-from ptee._common.listing import EXTENSIONS, files_below
+from ptee._common.listing import EXTENSIONS, files_below, require_usable
 from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import list_files
@@ -106,6 +106,7 @@ def find_source(source: str | Path) -> Source:
     if not str(source).strip() or not path.exists():
         raise DataError(f"There is no '{source!s:.300}'. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
     if path.is_dir():
+        require_usable(str(source), path)
         _require_one_part(path)
     top, files = (path, _listed(path)) if path.is_dir() else (path.parent, [path.name])
     for kind, endings in ENDINGS.items():
