@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,10 @@ from ptee._common.files import expanded, folders_like, require_utf8
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of pictures that are read
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
+# Hidden folders that programs put among the files of a user.
+LITTER = re.compile(
+    r"[.](ipynb_checkpoints|[Tt]rash.*|thumbnails|git|svn|hg|dvc|cache|idea|vscode|AppleDouble|fseventsd|Spotlight.*)"
+)
 TAR_BLOCK_BYTES, READ_BYTES = 512, 2**20
 FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
 
@@ -84,6 +89,17 @@ def is_one_of_several(folder: Path, holds: Callable[[Path], bool]) -> bool:
         return len(beside) > 1 and all(any(map(holds, visible(path))) for path in beside)
     except DataError:  # one that may not be read
         return False
+
+
+def hidden_folders(folder: Path, holds: Callable[[Path], bool]) -> list[str]:
+    """The names of hidden folders that hold such files, without those that programs put there."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.name[0] == "." and e.is_dir() and not LITTER.fullmatch(e.name))
+    found = []
+    for name in names:
+        with suppress(DataError):  # one that may not be read
+            found += [name] * any(map(holds, visible(folder / name)))
+    return found
 
 
 def refuse_broken_link(path: Path) -> None:

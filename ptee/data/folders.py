@@ -22,6 +22,7 @@ from ptee._common.listing import (
     LAYOUTS,
     files_below,
     folders_by_place,
+    hidden_folders,
     is_one_of_several,
     refuse_broken_link,
     subfolders,
@@ -40,6 +41,7 @@ UNREAD = (
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
+BARE = "without extension"  # a file that may be a picture, and is not read
 NO_PICTURES = (*UNREAD, LINK, SPARSE, *SPECIAL.values())  # named like pictures, and not read
 
 
@@ -268,6 +270,8 @@ def _left_out(found: _Part, part: str) -> list[str]:
     for name in found.classes:
         pictures.update({kind: n for kind, n in found.others[name].items() if kind in NO_PICTURES})
     kinds = [number_of(n, f"{kind} file") for kind, n in sorted(pictures.items())]
+    if bare := sum(found.others[name][BARE] for name in found.classes):
+        kinds.append(number_of(bare, "file", which=f" {BARE}"))
     left = [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]
     return [f"{words} of {part}" for words in left] if part else left
 
@@ -277,7 +281,7 @@ def _left_out(found: _Part, part: str) -> list[str]:
 
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
-    found = _Part(loose=_loose(visible(folder)))
+    found = _Part(loose=_loose(visible(folder)) + [f"{name}/" for name in hidden_folders(folder, _is_picture)])
     reached = folders_by_place(subfolders(folder))
     for path in subfolders(folder):
         pictures, found.others[path.name] = _files_below(path, reached)
@@ -314,7 +318,7 @@ def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Co
         else:
             if path.is_symlink():
                 refuse_broken_link(path)
-            others[path.suffix.lower() or "without extension"] += 1
+            others[path.suffix.lower() or BARE] += 1
     return sorted(pictures), others
 
 
@@ -336,6 +340,8 @@ def _read_tar(path: Path, part: str) -> _Part:
                     files.setdefault(place[:-1], []).append((member.name, offset, member.size))
                 elif extension in EXTENSIONS + UNREAD:
                     others[place[:-1]][_kind(member, extension)] += 1
+                elif member.isfile() and not extension and len(place) > 1:
+                    others[place[:-1]][BARE] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         if packed := packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
@@ -349,7 +355,8 @@ def _read_tar(path: Path, part: str) -> _Part:
     if loose := others.pop((), None):
         found.loose.append(number_of(loose.total(), "picture", which=" outside of class folders"))
     class_folders = {place[:level] for place in files}  # the folders that hold the class folders
-    for place in [*files, *others, *(place for place in folders if place[:-1] in class_folders)]:
+    more = [place for place, kinds in others.items() if {*kinds} != {BARE}]
+    for place in [*files, *more, *(place for place in folders if place[:-1] in class_folders)]:
         name = "".join(place[level:][:1] or place[-1:])
         own = found.files.setdefault(name, [])
         own += [File(str(path), member, part, name, offset, size) for member, offset, size in files.pop(place, ())]

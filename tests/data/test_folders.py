@@ -295,6 +295,22 @@ def test_hidden_folders_and_files_are_not_read(source, where, hidden):
     assert (data.class_names, data.split["sizes"]["train"]) == (("a", "b"), 18)
 
 
+def test_hidden_folders_of_pictures_beside_the_classes_are_named(folder):
+    write_folder(folder / "train", [".cat/0.png", ".hidden/notes/0.png", ".thumbnails/0.png", ".git/x"])
+    write_folder(folder, ["val/.cat/0.png", ".val/a/0.png"])
+    assert opened(folder).summary.endswith("not read: .cat/ of train, .cat/ of validation.")
+
+
+def test_hidden_classes_in_a_folder_without_parts_are_named(tmp_path):
+    write_folder(tmp_path, [*numbered(20), ".cat/0.GIF"])
+    assert opened(tmp_path).summary.endswith("not read: .cat/.")
+
+
+def test_files_without_an_extension_in_class_folders_are_counted(source):
+    write_part(source, "train", [*numbered(20), "a/0001", "a/0002", "b/0003"])
+    assert opened(source).summary.endswith("not read: 3 files without extension of train.")
+
+
 def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
     write_folder(tmp_path / "elsewhere", ["0.png", "1.png"])
     write_folder(tmp_path / "data" / "a", ["2.png"])
