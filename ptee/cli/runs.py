@@ -20,6 +20,7 @@ from ptee.cli.values import (
     backbone_of,
     how_of,
     name_others,
+    name_weights,
     names_of,
     opened_runs,
     recipe_of_exits,
@@ -201,7 +202,9 @@ def bench(run: str | None, **o: Any) -> None:
     device = resolve_device(o["device"])
     if o["threads"]:
         torch.set_num_threads(o["threads"])
-    model = untrained(backbone_of(o), recipe).to(device)
+    backbone = backbone_of(o)
+    model = untrained(backbone, recipe).to(device)
+    name_weights(backbone, model, err=o["as_json"])
     show(measure(model, batch_sizes=o["batch_sizes"], rounds=o["rounds"]), o)
 
 
