@@ -373,6 +373,14 @@ def same_folders(classes: Mapping[str, Sequence[File]]) -> str:
     return f"{each} holds {some(common) if len(common) > 5 else f'{some(first)} and {last}'}: all are read"
 
 
+def folders_within(files: Iterable[File]) -> list[str]:
+    """The names of all folders that lie in class folders."""
+    classes: defaultdict[str, list[File]] = defaultdict(list)
+    for file in files:
+        classes[file.class_name].append(file)
+    return sorted({names[0] for name, own in classes.items() for names in _inner_folders(name, own) if names})
+
+
 def _inner_folders(class_name: str, files: Iterable[File]) -> set[tuple[str, ...]]:
     """The names of the folders between the folder of a class and its pictures; () where there are none."""
     above = {tuple(place.split("/")) for place in {file.name.rpartition("/")[0] for file in files}}
