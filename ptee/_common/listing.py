@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ptee._common.errors import DataError
 from ptee._common.files import expanded, folders_like, require_utf8
 
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of pictures that are read
 SYSTEM_FOLDERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "lost+found")
+# Hidden folders that programs put among the files of a user.
+LITTER = re.compile(
+    r"[.](ipynb_checkpoints|[Tt]rash.*|thumbnails|git|svn|hg|dvc|cache|idea|vscode|AppleDouble|fseventsd|Spotlight.*)"
+)
 TAR_BLOCK_BYTES, READ_BYTES = 512, 2**20
 FILE = re.compile(r"[.](?!tar$)[a-z]{2,4}$", re.IGNORECASE)  # ends the name of a file, as in readme.md
 
@@ -28,7 +34,7 @@ def require_place(source: str | Path) -> bool:
     if not name.strip():
         raise DataError(f"The name of the data source is empty: {GIVE}.", argument="data", value=source)
     if path.is_dir():
-        _require_usable(name, path)
+        require_usable(name, path)
         return True
     if path.exists():
         text = f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}."
@@ -40,12 +46,16 @@ def require_place(source: str | Path) -> bool:
     return False
 
 
-def _require_usable(source: str, path: Path) -> None:
-    """Of the folders in which the system shows itself, /dev/shm alone holds files of users."""
+def require_usable(source: str, path: Path) -> None:
+    """Refuse the folders in which the system shows itself, of which /dev/shm alone holds files of users, and all of the disk.
+
+    A run may name them, also by a link that lies there: /proc/self/root.
+    """
     require_utf8(path.resolve(), "data folder")
-    top = path.resolve().parts[1:3]
-    if top[:1] in (("proc",), ("sys",), ("dev",)) and top != ("dev", "shm"):
-        raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
+    for place in (path.resolve(), Path(os.path.normpath(path.absolute()))):
+        top = place.parts[1:3]
+        if not top or (top[0] in ("proc", "sys", "dev") and top != ("dev", "shm")):
+            raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -81,6 +91,17 @@ def is_one_of_several(folder: Path, holds: Callable[[Path], bool]) -> bool:
         return False
 
 
+def hidden_folders(folder: Path, holds: Callable[[Path], bool]) -> list[str]:
+    """The names of hidden folders that hold such files, without those that programs put there."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.name[0] == "." and e.is_dir() and not LITTER.fullmatch(e.name))
+    found = []
+    for name in names:
+        with suppress(DataError):  # one that may not be read
+            found += [name] * any(map(holds, visible(folder / name)))
+    return found
+
+
 def refuse_broken_link(path: Path) -> None:
     """Refuse a link to nothing that may stand for a folder or a tar file: its images would be left out in silence."""
     if FILE.search(path.name):
@@ -103,6 +124,58 @@ def _target(link: Path) -> str:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is of the system and not of the user."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def folders_by_place(folders: Sequence[Path]) -> dict[Path, Path]:
+    """Each class folder by where it lies. Two that are one are refused."""
+    found: dict[Path, Path] = {}
+    for path in folders:
+        other = found.setdefault(path.resolve(), path)
+        if other != path:
+            raise _two_classes(other, path)
+    return found
+
+
+def _two_classes(one: Path, other: Path) -> DataError:
+    """The error of two ways to one folder: each of its pictures would have two labels."""
+    link = next((path for path in (other, one, *other.parents) if path.is_symlink()), other)
+    return DataError(
+        f"'{one}' and '{other}' are the same folder, so its pictures would have two classes: remove the link '{link}'."
+    )
+
+
+def files_below(folder: Path, reached: dict[Path, Path]) -> Iterator[Path]:
+    """The files below a folder, in linked folders too. `reached` is of `folders_by_place`."""
+
+    def refuse(why: OSError) -> None:
+        raise not_listed(why) from why
+
+    # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
+    for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
+        below = sorted((Path(top, name) for name in inner if not is_hidden(name)), key=lambda p: (p.is_symlink(), p))
+        inner[:] = [path.name for path in below if _is_new(path, folder, reached)]
+        yield from (Path(top, name) for name in names if not is_hidden(name))
+
+
+def _is_new(path: Path, folder: Path, reached: dict[Path, Path]) -> bool:
+    """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it.
+
+    `reached`: the folders of all classes so far, by where they lie. One that is of another class, too, is refused.
+    """
+    try:
+        place = path.resolve()
+    except OSError as why:  # a link within /proc
+        raise not_listed(why) from why
+    if path.is_symlink() and path.parent.resolve().is_relative_to(place):
+        return False
+    other = reached.setdefault(place, path)
+    if not other.is_relative_to(folder) and _has_pictures(place):
+        raise _two_classes(other, path)
+    return other == path
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
 
 
 def not_listed(why: OSError) -> DataError:

@@ -252,14 +252,17 @@ def _places(found: Any) -> Iterator[tuple[str, OrderedDict[str, Tensor]]]:
 
 
 def _require_tensors(path: Path, found: Any) -> None:
-    """Refuse arrays under names such as fc.bias: they are weights, and were passed over."""
+    """Refuse arrays and sparse tensors under names such as fc.bias: they are weights, and were passed over."""
     for place, value in _dictionaries(found):
-        arrays = [
-            key for key, part in value.items() if isinstance(part, _Array) and isinstance(key, str) and "." in key
-        ]
+        named = {key: part for key, part in value.items() if isinstance(key, str) and "." in key}
+        arrays = [key for key, part in named.items() if isinstance(part, _Array)]
+        packed = [key for key, part in named.items() if isinstance(part, Tensor) and part.layout is not torch.strided]
+        under = f"under {place!r:.60} " if place else ""
         if arrays:
-            under = f"under {place!r:.60} " if place else ""
             text = f"holds weights {under}as arrays of numpy ({shown(arrays, 3)}). Save them as tensors (torch.from_numpy)."
+            raise refusal(path, text)
+        if packed:
+            text = f"holds weights {under}that are sparse or packed ({shown(packed, 3)}). Save them as plain tensors (.to_dense())."
             raise refusal(path, text)
 
 

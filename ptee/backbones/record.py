@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tarfile import is_tarfile
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from ptee._common.errors import Argument, BackboneError, PteeError, some
-from ptee._common.files import is_file
+from ptee._common.files import is_file, packed_by
 from ptee._common.validation import FrozenConfig, Number, Whole
 from ptee.backbones import timm, torchvision
 from ptee.backbones.library import MOST_CLASSES, Library, ModelRequest, checked_size, require_pixels
@@ -22,6 +23,7 @@ from ptee.backbones.source import COMMIT
 
 # The ends of names of such files.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".pth", ".pt", ".bin", ".ckpt")
+STARTS = (b"PK", b"\x80", b"\x93NUMPY", b"version h")  # of zip files, pickles, arrays, and pointers of git-lfs
 LIBRARIES: dict[str, Library] = {"timm": timm, "torchvision": torchvision}  # a name belongs to the first that has it
 
 
@@ -93,16 +95,32 @@ def checked_record(source: Any) -> tuple[str, ModelRequest]:
 
 
 def require_weights(file: str | Path) -> None:
-    """Refuse a file of weights that is not there, or is a folder."""
+    """Refuse a file of weights that is not there, is a folder, or begins as no such file does."""
     if (path := Path(file)).suffix == ".py":
         text = f"{file!s:.300} is a Python file. Save the weights with torch.save(net.state_dict(), 'weights.pth'), and give that."
         raise BackboneError(text, argument="weights", value=str(file))
     if is_file(path):
+        if not _may_hold_weights(path):
+            text = (
+                f"{file!s:.300} cannot be read: it begins neither as a .safetensors file nor as what torch.save writes."
+            )
+            raise BackboneError(text, " Get it again.", argument="weights", value=str(file))
         return
     text, advice = f"There is no weights file {file!s:.300}.", " Give a .safetensors or .pth file that exists."
     if found := _inside(path):
         text, advice = f"{file!s:.300} is a folder.", f" Give the file of weights in it: {some(found)}."
     raise BackboneError(text, advice, argument="weights", value=str(file))
+
+
+def _may_hold_weights(path: Path) -> bool:
+    """Whether a file begins as weights do, or as something that `checkpoint` knows and calls by its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        known = start[8:] == b"{" or start.startswith(STARTS) or path.suffix.lower() == ".json"
+        return known or bool(packed_by(path)) or is_tarfile(path)
+    except OSError:  # which is told when it is read
+        return True
 
 
 def _inside(folder: Path) -> list[str]:

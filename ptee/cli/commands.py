@@ -24,6 +24,7 @@ from ptee.cli.values import (
     data_for,
     file_name,
     name_others,
+    name_weights,
     no_images,
     open_for,
     prepared,
@@ -141,6 +142,7 @@ def plan(**o: Any) -> None:
 
         times = time_of_modules(backbone, device, how.at_batch)
     model = untrained(backbone, recipe, times)
+    name_weights(backbone, model, err=o["as_json"])
     if o["images"] is not None:
         from ptee.scale.budget import budget
 

@@ -20,6 +20,7 @@ from ptee.cli.values import (
     backbone_of,
     how_of,
     name_others,
+    name_weights,
     names_of,
     opened_runs,
     recipe_of_exits,
@@ -198,7 +199,10 @@ def bench(run: str | None, **o: Any) -> None:
 
     device = resolve_device(o["device"])
     how = {key: o[key] for key in ("batch_sizes", "rounds", "threads")}
-    show(bench_untrained(untrained(backbone_of(o), recipe).to(device), **how), o)
+    backbone = backbone_of(o)
+    model = untrained(backbone, recipe).to(device)
+    name_weights(backbone, model, err=o["as_json"])
+    show(bench_untrained(model, **how), o)
 
 
 def _bench_run(run: str, o: dict[str, Any]) -> None:

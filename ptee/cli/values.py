@@ -128,6 +128,14 @@ def untrained(backbone: Any, recipe: Any, times: Any = None) -> Any:
     return build_model(backbone, recipe, times)
 
 
+def name_weights(backbone: Any, model: Any, err: bool = False) -> None:
+    """Print which tensors of files of weights were taken, as a training does."""
+    from ptee.pipeline.fit import weights_taken
+
+    for words in weights_taken(backbone, model):
+        click.echo(f"{words}\n", err=err)
+
+
 def name_others(backbone: Any, err: bool = False) -> None:
     """Print which published networks are as good as a backbone for less, if any is."""
     from ptee.backbones.published import in_short
@@ -319,4 +327,6 @@ def _static(name: str, file: str | None, classes: int, images: dict[str, Any]) -
     if network.num_classes != classes:
         text = f"The network {name} has {network.num_classes} classes, the run {classes}. "
         raise BackboneError(text, *give, argument="static")
+    if network.note:  # which tensors of the file were taken; what is compared goes to standard output
+        click.echo(network.note, err=True)
     return network

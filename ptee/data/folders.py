@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,21 @@ from typing import Any
 from ptee._common.errors import DataError, some
 from ptee._common.files import packed_by
 from ptee._common.listing import (
+    EXTENSIONS,
     LAYOUTS,
-    is_hidden,
+    files_below,
+    folders_by_place,
+    hidden_folders,
     is_one_of_several,
-    not_listed,
     refuse_broken_link,
     subfolders,
     tar_members,
     visible,
 )
 from ptee._common.text import number_of, spelt
-from ptee.data.pictures import File, Key
+from ptee.data.pictures import File, Key, is_no_picture, require_no_masks, same_folders
 from ptee.data.splits import PART_OF, PARTS, first_word, part_of, parts_of, siblings, with_all_parts, word_of
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Pictures that neither torchvision nor ptee reads, so the backbone was not trained on them.
 UNREAD = (
     *(".avif", ".cr2", ".dds", ".dng", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jxl", ".nef"),
@@ -40,6 +41,7 @@ UNREAD = (
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
 LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
+BARE = "without extension"  # a file that may be a picture, and is not read
 NO_PICTURES = (*UNREAD, LINK, SPARSE, *SPECIAL.values())  # named like pictures, and not read
 
 
@@ -52,6 +54,7 @@ class Listing:
     origin: dict[str, str]  # the name of each part in the source
     class_names: tuple[str, ...]  # in the order of the labels
     not_read: tuple[str, ...] = ()  # what else lies in the source, in words
+    all_read: str = ""  # which folders of classes are read, though they may be no pictures of the class, in words
 
 
 @dataclass
@@ -97,8 +100,11 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     parts = {part: read(path, part) for part, path in found.items()}
     if "train" in parts and not report_only:
         _refuse_empty_classes(parts["train"], found["train"])
+    for part, own in parts.items():
+        require_no_masks(found[part], own.files)
     not_read += [words for part, own in parts.items() for words in _left_out(own, part * (found[part] != folder))]
-    return _number_classes(kind, parts, found, removed, tuple(not_read))
+    all_read = same_folders(next(iter(parts.values())).files)
+    return replace(_number_classes(kind, parts, found, removed), not_read=tuple(not_read), all_read=all_read)
 
 
 def _named(paths: Iterable[Path]) -> dict[Path, str | None]:
@@ -179,6 +185,8 @@ def _refuse_same_subfolders(folder: Path) -> None:
     """Folders that all hold the same class folders are parts, whatever their names. More of them than that are classes in two levels."""
     tops = subfolders(folder)
     same = _with_pictures(tops[0]) if len(tops) > 1 else []
+    if any(map(is_no_picture, same)):  # images/ and masks/, of which `require_no_masks` speaks
+        return
     if len(same) >= max(2, len(tops)) and all(_with_pictures(top) == same for top in tops[1:]):
         raise DataError(
             f"The folders {some([top.name for top in tops])} of '{folder}' all hold {some(same)}, so they look like parts, not "
@@ -262,6 +270,8 @@ def _left_out(found: _Part, part: str) -> list[str]:
     for name in found.classes:
         pictures.update({kind: n for kind, n in found.others[name].items() if kind in NO_PICTURES})
     kinds = [number_of(n, f"{kind} file") for kind, n in sorted(pictures.items())]
+    if bare := sum(found.others[name][BARE] for name in found.classes):
+        kinds.append(number_of(bare, "file", which=f" {BARE}"))
     left = [*(f"class {c}" for c in _empty_classes(found)), *kinds, *found.loose]
     return [f"{words} of {part}" for words in left] if part else left
 
@@ -271,8 +281,8 @@ def _left_out(found: _Part, part: str) -> list[str]:
 
 def _read_folder(folder: Path, part: str) -> _Part:
     """The pictures below each class folder."""
-    found = _Part(loose=_loose(visible(folder)))
-    reached = _by_place(subfolders(folder))
+    found = _Part(loose=_loose(visible(folder)) + [f"{name}/" for name in hidden_folders(folder, _is_picture)])
+    reached = folders_by_place(subfolders(folder))
     for path in subfolders(folder):
         pictures, found.others[path.name] = _files_below(path, reached)
         start = len(str(path))
@@ -287,24 +297,6 @@ def _read_folder(folder: Path, part: str) -> _Part:
     return found
 
 
-def _by_place(folders: Sequence[Path]) -> dict[Path, Path]:
-    """Each class folder by where it lies. Two that are one are refused."""
-    found: dict[Path, Path] = {}
-    for path in folders:
-        other = found.setdefault(path.resolve(), path)
-        if other != path:
-            raise _two_classes(other, path)
-    return found
-
-
-def _two_classes(one: Path, other: Path) -> DataError:
-    """The error of two ways to one folder: each of its pictures would have two labels."""
-    link = next((path for path in (other, one, *other.parents) if path.is_symlink()), other)
-    return DataError(
-        f"'{one}' and '{other}' are the same folder, so its pictures would have two classes: remove the link '{link}'."
-    )
-
-
 def _refuse_no_images(folder: Path, found: _Part) -> None:
     if any(map(_is_picture, visible(folder))):
         above, several = with_all_parts(folder.parent), is_one_of_several(folder, _is_picture)
@@ -317,21 +309,8 @@ def _refuse_no_images(folder: Path, found: _Part) -> None:
     raise DataError(f"No images in class folders of '{folder}'{holds}: it should hold {LAYOUTS}.{unpack}")
 
 
-def files_below(folder: Path, reached: dict[Path, Path]) -> Iterator[Path]:
-    """The files below a folder, in linked folders too. `reached` is of `_is_new`."""
-
-    def refuse(why: OSError) -> None:
-        raise not_listed(why) from why
-
-    # os.walk asks nothing of each file: for a million files it is minutes faster than Path.rglob with is_file
-    for top, inner, names in os.walk(folder, followlinks=True, onerror=refuse):
-        below = sorted((Path(top, name) for name in inner if not is_hidden(name)), key=lambda p: (p.is_symlink(), p))
-        inner[:] = [path.name for path in below if _is_new(path, folder, reached)]
-        yield from (Path(top, name) for name in names if not is_hidden(name))
-
-
 def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Counter[str]]:
-    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `_is_new`."""
+    """The pictures below a class folder, and how many other files there are of each kind. `reached` is of `folders_by_place`."""
     pictures, others = [], Counter[str]()
     for path in files_below(folder, reached):
         if path.suffix.lower() in EXTENSIONS:
@@ -339,64 +318,70 @@ def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Co
         else:
             if path.is_symlink():
                 refuse_broken_link(path)
-            others[path.suffix.lower() or "without extension"] += 1
+            others[path.suffix.lower() or BARE] += 1
     return sorted(pictures), others
 
 
-def _is_new(path: Path, folder: Path, reached: dict[Path, Path]) -> bool:
-    """Whether a folder below a class folder is to be read: each is read once, and no link to a folder that contains it.
-
-    `reached`: the folders of all classes so far, by where they lie. One that is of another class, too, is refused.
-    """
-    try:
-        place = path.resolve()
-    except OSError as why:  # a link within /proc
-        raise not_listed(why) from why
-    if path.is_symlink() and path.parent.resolve().is_relative_to(place):
-        return False
-    other = reached.setdefault(place, path)
-    if not other.is_relative_to(folder) and _has_pictures(place):
-        raise _two_classes(other, path)
-    return other == path
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(name.lower().endswith(EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
-
-
 def _read_tar(path: Path, part: str) -> _Part:
-    """The pictures in one tar file. As in timm, the class is the folder or the inner tar file around a picture.
+    """The pictures in one tar file. The class is the folder or the inner tar file around a picture, as in timm, or one above.
 
     Only the positions of the pictures are kept. timm's reader keeps an open file, which the workers of a loader would share.
     """
-    found, folders, with_pictures = _Part(), [], set()
+    files: dict[tuple[str, ...], list[tuple[str, int, int]]] = {}  # by folder: name, offset, size
+    others: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    folders: list[tuple[str, ...]] = []
     try:
         with path.open("rb") as stream:
             for place, member, offset in tar_members(path, stream):
-                *above, name = place
-                class_name, extension = above[-1] if above else "", Path(name).suffix.lower()
+                extension = Path(place[-1]).suffix.lower()
                 if member.isdir():
                     folders.append(place)
                 elif member.isfile() and not member.issparse() and extension in EXTENSIONS:
-                    with_pictures.add(tuple(above))
-                    file = File(str(path), member.name, part, class_name, offset, member.size)
-                    found.files.setdefault(class_name, []).append(file)
+                    files.setdefault(place[:-1], []).append((member.name, offset, member.size))
                 elif extension in EXTENSIONS + UNREAD:
-                    found.files.setdefault(class_name, [])
-                    found.others[class_name][_kind(member, extension)] += 1
+                    others[place[:-1]][_kind(member, extension)] += 1
+                elif member.isfile() and not extension and len(place) > 1:
+                    others[place[:-1]][BARE] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         if packed := packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
-    if not found.classes:
+    if not files:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")
-    if "" in found.classes:
+    if () in files:
         raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
-    class_folders = {place[:-1] for place in with_pictures}  # the folders that hold the class folders
-    for place in folders:
-        if place not in with_pictures and place[:-1] in class_folders:
-            found.files.setdefault(place[-1], [])
+    _refuse_parts_in_tar(path, files)
+    level, found = _level_of_classes(files), _Part()
+    if loose := others.pop((), None):
+        found.loose.append(number_of(loose.total(), "picture", which=" outside of class folders"))
+    class_folders = {place[:level] for place in files}  # the folders that hold the class folders
+    more = [place for place, kinds in others.items() if {*kinds} != {BARE}]
+    for place in [*files, *more, *(place for place in folders if place[:-1] in class_folders)]:
+        name = "".join(place[level:][:1] or place[-1:])
+        own = found.files.setdefault(name, [])
+        own += [File(str(path), member, part, name, offset, size) for member, offset, size in files.pop(place, ())]
+        found.others[name] += others.pop(place, Counter())
     return found
+
+
+def _refuse_parts_in_tar(path: Path, folders: Iterable[tuple[str, ...]]) -> None:
+    """Classes of several parts would be joined: training would be on images to report on."""
+    inside: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+    for place in folders:
+        for level in range(len(place) - 1):
+            inside[place[:level]].add(place[level])
+    for names in inside.values():
+        if {"train"} < set((parts := parts_of(names)).values()):
+            own = some(sorted(parts, key=lambda name: PARTS.index(parts[name])))
+            raise DataError(f"'{path}' holds parts of its own ({own}): unpack it, and give the folder that holds them.")
+
+
+def _level_of_classes(folders: Collection[tuple[str, ...]]) -> int:
+    """Where the class stands in the names of folders with pictures: at the end as in timm, but not in CLASS/images, CLASS/masks."""
+    differs = (level for level, names in enumerate(zip(*folders, strict=False)) if len({*names}) > 1)
+    top = next(differs, min(map(len, folders)))
+    tops, inner = {names[top:][:1] for names in folders}, {names[-1] for names in folders}
+    return top if len(tops) > len(inner) else -1
 
 
 def _kind(member: tarfile.TarInfo, extension: str) -> str:
@@ -409,7 +394,7 @@ def _kind(member: tarfile.TarInfo, extension: str) -> str:
 
 
 def _number_classes(
-    kind: str, parts: Mapping[str, _Part], paths: Mapping[str, Path], removed: Sequence[Key], not_read: tuple[str, ...]
+    kind: str, parts: Mapping[str, _Part], paths: Mapping[str, Path], removed: Sequence[Key]
 ) -> Listing:
     """Labels are numbers of the classes, sorted by name as text. The training images say which classes there are."""
     first = next(iter(parts))  # "train" if it is there
@@ -426,7 +411,7 @@ def _number_classes(
         files += [File("", n, part, c) for whose, n, c in removed if whose == part and n not in there and c in number]
         labelled[part] = [(file, number[file.class_name]) for file in sorted(files, key=_order(kind))]
     origin = {part: path.name for part, path in paths.items()}
-    return Listing(kind, labelled, origin, tuple(number), not_read)
+    return Listing(kind, labelled, origin, tuple(number))
 
 
 def _refuse_two_spellings(names: Iterable[str]) -> None:

@@ -219,10 +219,9 @@ def read_names(file: str | Path) -> tuple[str, ...]:
     try:  # a pipe or a folder holds no names
         lines = path.read_text("utf-8-sig").rstrip().splitlines() if path.is_file() or not path.exists() else []
     except (OSError, UnicodeDecodeError) as why:
-        reason = getattr(why, "strerror", None) or "not a text file"
-        raise DataError(
-            f"The class names in '{file}' cannot be read ({reason}): give a text file, one name a line."
-        ) from why
+        reason = getattr(why, "strerror", None) or "it is not in UTF-8"
+        give = "save it as UTF-8" if isinstance(why, UnicodeDecodeError) else "give a text file"
+        raise DataError(f"The class names in '{file}' cannot be read ({reason}): {give}, one name a line.") from why
     if _is_json("\n".join(lines)):
         raise DataError(f"'{file}' is JSON: give a text file with one class name a line, in the backbone's order.")
     if not lines or not all(map(str.strip, lines)):

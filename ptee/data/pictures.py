@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import re
 import stat
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -38,6 +39,11 @@ HALF = 16  # letters of one of the two hashes of such a file
 NAMED_AT_MOST = 100  # unreadable pictures in one message
 LARGEST_PICTURE = 2**30  # bytes of one encoded picture
 NOT_A_FILE = "not a regular file"
+# Words for what shows where something is on a picture: as the name of a folder, and behind the name of the picture.
+MASKS = r"masks?|labels?|annotations?|ground[ _-]?truths?|gt|segs?|segmentations?"
+MASKS_FOLDER = re.compile(rf"(?:.*[ _.-])?masks?|{MASKS}", re.IGNORECASE | re.DOTALL)
+MASK_OF = re.compile(rf"[ _.-](?:{MASKS})(?:[ _.-]?\d+)?\Z", re.IGNORECASE)
+NEARLY_EACH = 0.9  # of the classes
 
 
 class File(NamedTuple):
@@ -320,6 +326,65 @@ def _size(file: File) -> int:
         return Path(file.path).stat().st_size
     except OSError:
         return -1
+
+
+# ------------------------------------------------------------------------------------------------ masks among the pictures
+
+
+def is_no_picture(name: str) -> bool:
+    """Whether a folder says by its name that it holds no images but what belongs to them, as masks."""
+    return MASKS_FOLDER.fullmatch(name) is not None
+
+
+def require_no_masks(folder: Path, classes: Mapping[str, Sequence[File]]) -> None:
+    """Refuse masks and the like beside their pictures: heads would learn from them as from images of the class."""
+    holding = Counter[str]()
+    for name, files in classes.items():
+        inner = _inner_folders(name, files)
+        if any(not any(map(is_no_picture, names)) for names in inner):
+            holding.update({f"{name}/" for names in inner for name in names if is_no_picture(name)})
+    if holding and 2 * max(holding.values()) >= sum(map(bool, classes.values())):
+        raise DataError(
+            f"The class folders of '{folder}' hold {some(list(holding))} beside other pictures, and every picture below a class "
+            f"folder is taken for an image of the class. Move {some(list(holding))} out of the class folders. If they hold images "
+            "of the class, move these up into the class folder itself."
+        )
+    found = {file.name.rpartition(".")[0]: file.name for files in classes.values() for file in files}
+    of = {name: name[: match.start()] for name in found if (match := MASK_OF.search(name))}
+    twins = {picture: name for name, picture in of.items() if picture in found}
+    if twins and 2 * len(twins) >= len(found) - len(of):
+        picture, twin = next(iter(twins.items()))
+        raise DataError(
+            f"At least half of the pictures of '{folder}' lie beside a mask of their own ('{found[twin]}' beside '{found[picture]}'), "
+            "which would be taken for an image of the class. Move the masks out of the class folders. If they are such images, "
+            "rename them."
+        )
+
+
+def same_folders(classes: Mapping[str, Sequence[File]]) -> str:
+    """In words: the folders that each class holds, if there are several. They may not all hold images of the class."""
+    inner = [{names[0] for names in _inner_folders(name, files) if names} for name, files in classes.items() if files]
+    held = Counter(name for names in inner for name in names)
+    common = sorted(f"{name}/" for name, n in held.items() if n >= NEARLY_EACH * len(inner))
+    if len(inner) < 2 or len(common) < 2:
+        return ""
+    each = "each class" if all(held[name[:-1]] == len(inner) for name in common) else "nearly each class"
+    *first, last = common
+    return f"{each} holds {some(common) if len(common) > 5 else f'{some(first)} and {last}'}: all are read"
+
+
+def folders_within(files: Iterable[File]) -> list[str]:
+    """The names of all folders that lie in class folders."""
+    classes: defaultdict[str, list[File]] = defaultdict(list)
+    for file in files:
+        classes[file.class_name].append(file)
+    return sorted({names[0] for name, own in classes.items() for names in _inner_folders(name, own) if names})
+
+
+def _inner_folders(class_name: str, files: Iterable[File]) -> set[tuple[str, ...]]:
+    """The names of the folders between the folder of a class and its pictures; () where there are none."""
+    above = {tuple(place.split("/")) for place in {file.name.rpartition("/")[0] for file in files}}
+    return {names[names.index(class_name) + 1 :] if class_name in names else () for names in above}
 
 
 # ------------------------------------------------------------------------------------------------ input of a backbone

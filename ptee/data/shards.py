@@ -19,9 +19,10 @@ from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import as_path, from_json, require_utf8
+from ptee._common.listing import EXTENSIONS, files_below, require_usable
 from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.folders import EXTENSIONS, files_below, list_files
+from ptee.data.folders import list_files
 from ptee.data.parts import arrow
 from ptee.data.pictures import NOT_A_FILE
 from ptee.data.splits import parts_of
@@ -105,6 +106,7 @@ def find_source(source: str | Path) -> Source:
     if not path.exists():
         raise DataError(f"There is no '{source!s:.300}'. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
     if path.is_dir():
+        require_usable(str(source), path)
         _require_one_part(path)
     top, files = (path, _listed(path)) if path.is_dir() else (path.parent, [path.name])
     for kind, endings in ENDINGS.items():

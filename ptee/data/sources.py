@@ -90,6 +90,8 @@ def _split(
     split["sizes"] = {part: len(pictures) for part, pictures in parts.items()}
     if listing.not_read:
         split["not_read"] = [escaped(words) for words in listing.not_read]
+    if listing.all_read:
+        split["all_read"] = escaped(listing.all_read)
     if is_files and (gone := [list(f.key) for part in listing.parts.values() for f, _ in part if not f.path]):
         split["removed"] = gone
     mirror = is_files or not is_sided(str(source))

@@ -142,9 +142,9 @@ class Data:
 
     @property
     def unread(self) -> str:
-        """What lies in the source and is not read, as the end of a sentence, or nothing."""
-        left = self.split.get("not_read", [])
-        return f"; not read: {some(left, len(left))}" if left else ""
+        """What is read though it may be no image of its class, and what is not read, as the end of a sentence, or nothing."""
+        left, all_read = self.split.get("not_read", []), self.split.get("all_read", "")
+        return f"; {all_read}" * bool(all_read) + (f"; not read: {some(left, len(left))}" if left else "")
 
     @property
     def place(self) -> str:

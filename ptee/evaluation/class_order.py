@@ -21,6 +21,7 @@ from ptee._common.errors import Advice, Argument, DataError, some
 from ptee.analysis.freezing import one_parameter, running_on
 from ptee.data.batches import UNKNOWN_LABEL, batches, labels_of_other_classes, numbered, split_batch
 from ptee.data.labels import IMAGENET_CLASSES, SURE, LabelMap, class_orders, map_labels, near_chance
+from ptee.data.pictures import folders_within
 from ptee.data.splits import FILES, PARTS, Data
 
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
@@ -59,7 +60,9 @@ def choose_class_order(
     maps = {"": first} if classes is not None else _candidates(data, first)
     if classes is None and recorded is not None:
         maps = {"": first} | _rivals(data, first, backbone.num_classes)
-    if first.indices is None or not (check or len(maps) > 1):
+    if first.indices is None:
+        return _one_level_up(first, data, backbone.num_classes)
+    if not (check or len(maps) > 1):
         return first
     images, answers, labels = _try(backbone.module, data, list(maps.values()), device)
     right = {name: _share_right(answers, labels, each) for name, each in maps.items()}
@@ -137,6 +140,15 @@ def _orders(names: Sequence[str]) -> dict[str, list[str]]:
             if own != found[library]:
                 found[f"{library} {form}"] = own
     return found
+
+
+def _one_level_up(found: LabelMap, data: Data, num_classes: int) -> LabelMap:
+    """Another remedy for folders in class folders that are as many as the backbone's classes: animals/cat, animals/dog, things/car."""
+    inner = folders_within(file for part in PARTS for file in getattr(getattr(data, part), "files", []))
+    if len(inner) != num_classes:
+        return found
+    text = f"Their folders hold {num_classes} others ({some(inner)}), as many as it has classes: if these are the classes, move them up."
+    return replace(found, remedy=(text,))
 
 
 def _rivals(data: Data, recorded: LabelMap, num_classes: int) -> dict[str, LabelMap]:

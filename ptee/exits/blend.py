@@ -173,8 +173,8 @@ def _fitted(logits: Tensor, goal: Tensor) -> tuple[float, ...]:
         (gradient,) = torch.autograd.grad(value, v)
         return value.item(), gradient.cpu().numpy()
 
-    start = [1 / len(logits)] * len(logits)
-    found = minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(logits), options={"maxiter": ITERATIONS}
-    )
+    start, bounds, options = [1 / len(logits)] * len(logits), [(0, None)] * len(logits), {"maxiter": ITERATIONS}
+    with torch.inference_mode(False), torch.enable_grad():
+        logits, goal = logits.clone(), goal.clone()  # tensors made in inference mode cannot be differentiated
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return tuple(float(v) for v in found.x)

@@ -35,6 +35,13 @@ def _no_size_to_choose(name: str) -> str:
     return name
 
 
+def _not_empty(name: str) -> str:
+    """No name is that of the whole network, behind which no exit stands."""
+    if not name:
+        raise PydanticCustomError("empty", "Input should be the name of a module")
+    return name
+
+
 def _number(value: Any) -> Any:
     return INFINITE.get(value, value) if isinstance(value, str) else value
 
@@ -62,6 +69,7 @@ def _short(source: dict[str, Any] | None) -> dict[str, Any] | None:
 
 Source = Annotated[dict[str, Any] | None, AfterValidator(_short)]
 HeadName = Annotated[Name, AfterValidator(_no_size_to_choose)]
+ModuleName = Annotated[Name, AfterValidator(_not_empty)]
 Positive = Annotated[Number, Field(gt=0)]
 Weight = Annotated[Number, Field(ge=0)]
 Count = Annotated[Whole, Field(gt=0, le=MOST_CLASSES)]
@@ -115,7 +123,7 @@ class FrontRecord(ReadRecord):
 class ExitRecord(ReadRecord):
     """One exit: the module behind which it stands, and its head."""
 
-    name: Name
+    name: ModuleName
     head: HeadName
     gate: Name | None = None  # of runs of ptee 0.1.0: a small network that this version does not build
 

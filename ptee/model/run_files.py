@@ -19,6 +19,7 @@ from ptee._common.writing import settle
 from ptee.backbones.record import checked_record, rebuilding, require_weights
 from ptee.backbones.source import HUB_SOURCES, is_cached, reach_hub
 from ptee.exits.config import FRONT
+from ptee.exits.head_spec import parse_head
 from ptee.model.heads_file import Stored, read_header, stored_hash
 from ptee.model.run_config import SCHEMA_VERSION, RunConfig, fingerprint, require_sane
 
@@ -165,6 +166,16 @@ def _require_heads(folder: str | Path, path: Path, config: RunConfig) -> None:
     found = _header(folder, path, LARGEST_BYTES[HEADS])
     _require_layers(folder, config, found)
     _require_saved(folder, path, config, found)
+
+
+def require_heads(folder: str | Path, config: RunConfig) -> None:
+    """Refuse names of heads that there are not."""
+    for row in config.exits:
+        try:
+            if row.head != FRONT:
+                parse_head(row.head)
+        except PteeError as why:
+            raise RunError(f"{folder}: ", *why.parts) from why
 
 
 def _header(folder: str | Path, path: Path, largest: int) -> dict[str, Stored]:

@@ -175,6 +175,12 @@ def fit(
     return fit_backbone(backbone, data, adapted, job)
 
 
+def weights_taken(backbone: Backbone, model: EarlyExitModel) -> list[str]:
+    """A sentence on each file of weights, of the backbone and of the front network, in which there was something to choose."""
+    networks = (backbone, getattr(model.heads[0], "origin", None))
+    return [network.note for network in networks if network is not None and network.note]
+
+
 def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> EarlyExitModel:
     """`fit` for a backbone and images that are loaded already."""
     recipe = recipe.resolved()
@@ -182,9 +188,8 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
     job = replace(job, device=resolve_device(job.device))
     times = _times_to_place_by(backbone, recipe, job)
     model, target = checked_model(backbone, data, recipe, times)
-    for network in (backbone, getattr(model.heads[0], "origin", None)):
-        if network is not None and network.note:
-            job.log(f"{network.note}\n")
+    for words in weights_taken(backbone, model):
+        job.log(f"{words}\n")
     job.log(f"{data.described(target is not None)}\n\n{model.plan}\n" + f"{model.plan.legend}\n" * job.explain)
     for words in filter(None, (copied(data), without_images(data, backbone.num_classes))):
         warn(words) if job.log is silent else job.log(f"Warning: {words}\n")

@@ -28,6 +28,7 @@ from ptee.model.run_files import (
     read_config,
     read_run,
     record_of,
+    require_heads,
 )
 from ptee.pipeline.recipe import RECIPE_FILE, Recipe, make_recipe
 from ptee.training.config import SETTLED, of_another_training, other_settings
@@ -76,6 +77,7 @@ def require_openable(run: str, *, weights: Path | None, images: bool) -> int:
         images: those that it was made with are wanted, too.
     """
     config, _, _, remote = read_run(run)
+    require_heads(run, config)
     with or_weights(weights is not None):
         for front in (False, True)[: 1 + (config.front is not None)]:
             record_of(run, config, remote, front=front, weights=None if front else weights)
@@ -103,10 +105,15 @@ def require_tunable(run: str, *, keep: bool) -> None:
         raise RunError(f"There is no folder {run:.200}.{advice}")
     if keep:
         require_writable(folder, OTHER_FOLDER)
-    if is_file(folder / METRICS):
-        metrics_of(folder)
+    require_metrics(run)
     if is_file(folder / RECIPE_FILE):
         make_recipe(folder)
+
+
+def require_metrics(run: str) -> None:
+    """Refuse a run whose metrics.json cannot be read, if there is one."""
+    if is_file(Path(run) / METRICS):
+        metrics_of(Path(run))
 
 
 def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from ptee._common.errors import Argument, DataError, PteeError
+from ptee._common.listing import EXTENSIONS
 from ptee._common.writing import cannot_write
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import PartsWriter, arrow
 from ptee.data.shards import (
-    EXTENSIONS,
     LABEL_FILES,
     PARQUET,
     PICTURES,

@@ -267,11 +267,21 @@ def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
     assert list(read_checkpoint(tmp_path / "w.pth").places) == ["model"]
 
 
-@pytest.mark.parametrize(
-    "tensor", [torch.eye(3, device="cpu").to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"]
-)
-def test_tensors_without_plain_numbers_are_no_weights(tensor, tmp_path):
-    torch.save({"fc.weight": tensor}, tmp_path / "w.pth")
+@pytest.mark.parametrize("how", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.parametrize("place", ["", "model"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_weights_are_refused_by_name(place, how, tmp_path):
+    state = Tiny().state_dict()
+    state["fc.weight"] = getattr(state["fc.weight"], how)()
+    torch.save({place: state} if place else state, tmp_path / "w.pth")
+    under = "under 'model' " if place else ""
+    said = rf"holds weights {under}that are sparse or packed \(fc\.weight\).*\.to_dense\(\)"
+    with pytest.raises(BackboneError, match=said):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_tensors_without_numbers_are_no_weights(tmp_path):
+    torch.save({"fc.weight": torch.empty(3, device="meta")}, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match="holds no state_dict"):
         read_checkpoint(tmp_path / "w.pth")
 

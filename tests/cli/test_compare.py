@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import slow
 from command import BRIEF, MODEL, SHORT, assert_refused, edited, files, read_json
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ptee._common.errors import PteeError
 from ptee.backbones.library import IMAGENET_MEAN, IMAGENET_STD, InputConfig
@@ -52,6 +52,16 @@ def test_a_smaller_network_with_weights_of_ones_own_takes_the_images_of_the_run(
     words = ("compare", finished, "--static", f"cifar_resnet8={things / 'weights.safetensors'}", "--drops", "0.5")
     assert "takes images" not in run(*words).out
     assert seen["cifar_resnet8"].input.mean == (0.25, 0.5, 0.5)
+
+
+def test_of_a_smaller_network_with_averaged_weights_it_says_which_were_taken(
+    run, finished, things, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("ptee.pipeline.saved_run.compare", lambda *_, **__: None)
+    state = load_file(things / "weights.safetensors")
+    torch.save({"model": {key: value + 1 for key, value in state.items()}, "model_ema": state}, tmp_path / "w.pth")
+    done = run("compare", finished, "--static", f"cifar_resnet8={tmp_path / 'w.pth'}", "--drops", "0.5")
+    assert "its averaged weights (model_ema) are taken, not the raw ones (model)" in done.err
 
 
 def test_one_of_a_thousand_classes_takes_the_images_that_it_was_published_for():

@@ -144,6 +144,21 @@ def answers(**fields: Any) -> Change:
     return lambda run: edited(run, lambda config: config["answers"].update(fields))
 
 
+def head(**fields: Any) -> Change:
+    """Another record of the first exit."""
+    return lambda run: edited(run, lambda config: config["exits"][0].update(fields))
+
+
+def file_of_weights(start: bytes) -> Change:
+    """A run that names a file of its backbone's weights, which begins so."""
+
+    def changed(run: Path) -> None:
+        (run / "w.pth").write_bytes(start)
+        record(weights={"file": str(run / "w.pth")})(run)
+
+    return changed
+
+
 ORIGIN = {"tag": None, "hub": "stranger/net", "revision": "0" * 40}
 RUNS: dict[str, tuple[Change, str]] = {
     "10^7 classes in the record": (record(num_classes=10**7), "num_classes=10000000 must be 1000000 or less"),
@@ -156,6 +171,11 @@ RUNS: dict[str, tuple[Change, str]] = {
     "another machine": (record(weights={"file": "\\/host\\share"}), "must be a file of this machine.*--weights FILE"),
     "weights that are gone": (record(weights={"file": "/nope/w.pth"}), "no weights file /nope/w.pth.*--weights FILE"),
     "endless weights": (record(weights={"file": "/dev/zero"}), "There is no weights file /dev/zero"),
+    "a page for weights": (file_of_weights(b"<!DOCTYPE html>\n"), r"w\.pth cannot be read: it begins neither as .*--weights FILE"),
+    "no bytes of weights": (file_of_weights(b""), r"w\.pth cannot be read: it begins neither as"),
+    "a head that there is not": (head(head="conv999999"), "^run a head that there is not: Unknown head 'conv999999'"),
+    "a head that is too large": (head(head="res-99999x9"), "A stage of the head 'res-99999x9' is too large"),
+    "an exit without a name": (head(name=""), r"exits\[0\]\.name='' must be the name of a module"),
     "one field more": (record(more=1), "more=1 is unknown"),
     "an image of a gigabyte": (record(input={"input_size": [3, 20000, 20000], "mean": [0.5], "std": [0.5], "interpolation": ""}), "too large"),
     "pixels without a spread": (images_of_network(std=[1e-308]), r"std, so it must be positive \(1e-06 or more\)"),
@@ -191,6 +211,20 @@ TUNED: dict[str, tuple[Change, str]] = {
     "a list for metrics": (kept("metrics.json", "[]"), r"metrics\.json is no JSON object"),
     "half of its recipe": (kept("recipe.yaml", "training: ["), r"recipe\.yaml cannot be read"),
     "another setting in its recipe": (kept("recipe.yaml", "training: {epoch: 1}"), r"training\.epoch=1 is unknown"),
+}
+
+PAGES: dict[str, tuple[Change, str]] = {
+    **{name: TUNED[name] for name in ("half of its metrics", "a list for metrics")},
+    "null for metrics": (kept("metrics.json", "null"), r"metrics\.json is no JSON object"),
+    "metrics 90 deep": (
+        kept("metrics.json", json.dumps({"a": DEEP})),
+        r"in metrics\.json lists and objects lie more than 32 deep",
+    ),
+}
+DRAWING = {
+    "report": ("report",),
+    "report recorded": ("report", "--recorded"),
+    "plot": ("plot", "--out", "p.html", "--kind", "epochs"),
 }
 
 # ---------------------------------------------------------------------------------------------------- exported models
@@ -335,6 +369,10 @@ def refused(original, tmp_path_factory) -> dict[str, Done]:
         run = shutil.copytree(original, folder / f"tuned {name}")
         change(run)
         commands[f"tuned {name}"] = ("tune", run.name, "--max-fidelity-drop", "0.5")
+    for name, (change, _) in PAGES.items():
+        run = shutil.copytree(original, folder / f"page {name}")
+        change(run)
+        commands |= {f"{drawing} {name}": (*words, run.name) for drawing, words in DRAWING.items()}
     for name, (text, _) in EXPORTED.items():
         (folder / f"exported {name}").mkdir()
         (folder / f"exported {name}" / "manifest.json").write_text(text)
@@ -378,6 +416,12 @@ def test_a_run_that_cannot_be_trusted_is_refused_before_torch_is_imported(case, 
 @pytest.mark.parametrize("case", TUNED)
 def test_a_run_that_cannot_be_changed_is_refused_before_thresholds_are_chosen(case, refused):
     assert_light(refused[f"tuned {case}"], TUNED[case][1])
+
+
+@pytest.mark.parametrize("case", PAGES)
+@pytest.mark.parametrize("drawing", DRAWING)
+def test_a_run_that_no_page_can_be_drawn_of_is_refused_before_torch_is_imported(drawing, case, refused):
+    assert_light(refused[f"{drawing} {case}"], PAGES[case][1])
 
 
 @pytest.mark.parametrize("case", EXPORTED)

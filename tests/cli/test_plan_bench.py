@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from command import NETWORK, RANDOM, assert_refused
 
 import ptee
@@ -16,6 +17,17 @@ def test_plan_prints_a_line_for_each_exit_and_writes_nothing(run, elsewhere):
     assert (done.status, done.err) == (0, "")
     assert [line.split()[1] for line in done.out.splitlines()[3:6]] == ["layer1", "layer2", "(backbone)"]
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [("plan",), ("plan", "--images", 9), ("bench", "--batch-sizes", 1, "--rounds", 3)])
+def test_of_a_file_with_averaged_weights_it_says_which_were_taken(more, run, elsewhere):
+    states = [load_backbone("cifar_resnet8", pretrained=False).module.state_dict() for _ in range(2)]
+    torch.save({"model": states[0], "model_ema": states[1]}, "w.pth")
+    words = (*more, *NETWORK, "--weights", "w.pth", "--num-classes", 10)
+    said = "its averaged weights (model_ema) are taken, not the raw ones (model)"
+    assert said in run(*words).out
+    done = run(*words, "--json")
+    assert said in done.err and json.loads(done.out)
 
 
 def test_plan_as_json_is_all_there_is_on_standard_output(run):

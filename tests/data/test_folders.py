@@ -127,7 +127,67 @@ def test_folders_that_hold_the_same_class_folders_are_refused_as_parts(names, tm
 def test_many_classes_whose_pictures_lie_in_the_same_few_subfolders_are_classes(tmp_path):
     for name in ("cat", "dog", "owl"):
         write_folder(tmp_path / name, ["left/0.png", "left/1.png", "right/2.png", "right/3.png", "right/4.png"])
-    assert opened(tmp_path).class_names == ("cat", "dog", "owl")
+    data = opened(tmp_path)
+    assert data.class_names == ("cat", "dog", "owl")
+    assert data.summary.endswith("; each class holds left/ and right/: all are read.")
+
+
+def test_folders_that_nearly_each_class_of_the_training_images_holds_are_named(tmp_path):
+    classes = "abcdefghij"
+    for part in ("train", "val"):
+        write_folder(
+            tmp_path / part, [f"{name}/{side}/{n}.png" for name in classes for side in "xyz" for n in range(2)]
+        )
+    assert "; each class holds x/, y/ and z/: all are read" in opened(tmp_path).summary
+    for n in range(2):
+        (tmp_path / "train" / "a" / "x" / f"{n}.png").unlink()
+    write_folder(tmp_path, ["train/b/more/0.png", "train/c/0.png"])
+    assert "; nearly each class holds x/, y/ and z/: all are read" in opened(tmp_path).summary
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+@pytest.mark.parametrize("classes", ["ab", "abcd"])
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [("images", "masks"), ("images", "Lung Masks"), ("", "ground_truth"), ("x/images", "x/labels"), ("img", "GT")],
+)
+def test_masks_beside_the_pictures_of_classes_are_refused(images, masks, classes, top, tmp_path):
+    for kind in (images, masks):
+        write_folder(tmp_path, [f"{top}{name}/{kind}/{n}.png" for name in classes for n in range(4)])
+    said = rf"class folders of '{tmp_path / top}' hold {Path(masks).name}/ beside other pictures.* Move .* out of the class folders\."
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path)
+
+
+def test_masks_that_only_some_classes_can_have_are_refused(tmp_path):
+    write_folder(tmp_path, ["ill/images/0.png", "ill/masks/0.png", "well/0.png", "well/1.png"])
+    with pytest.raises(DataError, match="hold masks/ beside other pictures"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("twin", ["{} (1)_mask.png", "{} (1)_mask_1.png", "{} (1)-segmentation.png", "{} (1).GT.png"])
+def test_masks_beside_half_of_the_pictures_in_one_folder_are_refused(twin, tmp_path):
+    write_folder(tmp_path, [f"{c}/{n} (1).png" for c in "ab" for n in range(8)])
+    write_folder(tmp_path, [f"{c}/{twin.format(n)}" for c in "ab" for n in range(4)])
+    with pytest.raises(
+        DataError, match=r"At least half of the pictures of .* \('a/0 \(1\).*png' beside 'a/0 \(1\)\.png'\)"
+    ):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{sex}/{kind}/{n}.png" for sex in ("f", "m", "x") for kind in ("with_mask", "no_mask") for n in range(5)],
+        [f"{kind}/{n}.png" for kind in ("mask", "no mask") for n in range(9)],
+        [f"{kind}/{n}{tail}.png" for kind in "ab" for n in range(9) for tail in ("_left", "_right", "_mask" * (n < 3))],
+        [f"{kind}/{n}_mask.png" for kind in "ab" for n in range(9)],
+        [*numbered(20, "abc"), "a/masks/0.png"],
+    ],
+    ids=["pictures of masks below", "pictures of masks", "few twins", "no pictures of the masks", "one class of many"],
+)
+def test_pictures_that_only_sound_like_masks_are_read(names, tmp_path):
+    assert len(opened(write_folder(tmp_path, names)).class_names) > 1
 
 
 @pytest.mark.parametrize(("one", "two"), [("train", "test"), ("Training", "val"), ("train", "calib")])
@@ -233,6 +293,22 @@ def test_hidden_folders_and_files_are_not_read(source, where, hidden):
     write_part(source, "train", [*numbered(20), f"{where}{hidden}/0.png", "a/._000.png", "a/notes.txt"])
     data = opened(source)
     assert (data.class_names, data.split["sizes"]["train"]) == (("a", "b"), 18)
+
+
+def test_hidden_folders_of_pictures_beside_the_classes_are_named(folder):
+    write_folder(folder / "train", [".cat/0.png", ".hidden/notes/0.png", ".thumbnails/0.png", ".git/x"])
+    write_folder(folder, ["val/.cat/0.png", ".val/a/0.png"])
+    assert opened(folder).summary.endswith("not read: .cat/ of train, .cat/ of validation.")
+
+
+def test_hidden_classes_in_a_folder_without_parts_are_named(tmp_path):
+    write_folder(tmp_path, [*numbered(20), ".cat/0.GIF"])
+    assert opened(tmp_path).summary.endswith("not read: .cat/.")
+
+
+def test_files_without_an_extension_in_class_folders_are_counted(source):
+    write_part(source, "train", [*numbered(20), "a/0001", "a/0002", "b/0003"])
+    assert opened(source).summary.endswith("not read: 3 files without extension of train.")
 
 
 def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
@@ -503,6 +579,57 @@ def test_a_tar_inside_a_tar_is_a_class(tars, tmp_path):
     data = opened(tars)
     assert data.class_names == ("b",)
     assert sorted(levels(data.train) + levels(data.calibration)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("top", ["", "data/"])
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("Training", "test_set"), ("seg_train", "seg_val")])
+def test_a_tar_file_that_holds_parts_of_its_own_is_refused(train, val, top, tars):
+    write_tar(
+        tars / "train.tar", [f"{top}{train}/{n}" for n in numbered(20)] + [f"{top}{val}/{n}" for n in numbered(6)]
+    )
+    said = rf"train\.tar' holds parts of its own \({train}, {val}\): unpack it, and give the folder that holds them"
+    with pytest.raises(DataError, match=said):
+        opened(tars)
+
+
+def test_parts_that_a_tar_file_holds_as_tar_files_are_refused(tars, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tars / "train.tar", "test/train.tar")
+        tar.add(tars / "validation.tar", "test/val.tar")
+    (tmp_path / "all.tar").rename(tars / "train.tar")
+    with pytest.raises(DataError, match=r"holds parts of its own \(train, val\)"):
+        opened(tars)
+
+
+@pytest.mark.parametrize("top", ["", "./", "data/", "data/train/"])
+@pytest.mark.parametrize("inner", [["images"], ["left", "right"], ["images", "of/the/left"]])
+def test_classes_in_a_tar_file_may_have_the_same_folders_as_in_a_folder(inner, top, tmp_path):
+    names = [f"{name}/{below}/{n}.png" for name in ("cat", "dog", "owl") for below in inner for n in range(5)]
+    write_folder(tmp_path / "folder" / "train", names)
+    write_tar(tmp_path / "tar" / "train.tar", [*(top + name for name in names), f"{top}cat/empty/"])
+    of_tar, of_folder = opened(tmp_path / "tar"), opened(tmp_path / "folder")
+    assert of_tar.class_names == of_folder.class_names == ("cat", "dog", "owl")
+    assert of_tar.split["sizes"] == of_folder.split["sizes"]
+    assert of_tar.unread == of_folder.unread
+
+
+def test_pictures_of_unknown_kinds_outside_of_classes_in_a_tar_file_are_named(tars):
+    write_tar(tars / "train.tar", [*numbered(20), "logo.gif"])
+    assert opened(tars).summary.endswith("not read: 1 picture outside of class folders of train.")
+
+
+def test_in_a_tar_file_classes_may_lie_in_groups(tmp_path):
+    write_tar(tmp_path / "train.tar", ["pets/cat/0.png", "pets/dog/1.png", "wild/owl/2.png", "more/wild/owl/3.png"])
+    assert opened(tmp_path).class_names == ("cat", "dog", "owl")
+
+
+def test_masks_in_a_tar_file_are_refused(tmp_path):
+    names = [
+        f"{name}/{kind}/{n}.png" for name in ("cat", "dog", "owl") for kind in ("images", "masks") for n in range(5)
+    ]
+    write_tar(tmp_path / "train.tar", names)
+    with pytest.raises(DataError, match="hold masks/ beside other pictures"):
+        opened(tmp_path)
 
 
 def test_workers_read_a_tar_that_was_read_before(tars):

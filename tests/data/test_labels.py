@@ -127,10 +127,10 @@ def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
         ("", "holds no class names"),
         ('["cat", "dog", "owl"]', r"is JSON: give a text file with one class name a line"),
         ('{\n  "cat": 0,\n  "dog": 1,\n  "owl": 2\n}\n', r"is JSON: give a text file"),
-        ("\xff\xfe", "cannot be read"),
+        ("\xff\xfec\0a\0t\0", r"cannot be read \(it is not in UTF-8\): save it as UTF-8, one name a line"),
         (None, r"classes\.txt' cannot be read \(No such file"),
     ],
-    ids=["one", "too few", "twice", "other names", "gap", "empty", "JSON", "JSON in lines", "no text", "no file"],
+    ids=["one", "too few", "twice", "other names", "gap", "empty", "JSON", "JSON in lines", "UTF-16", "no file"],
 )
 def test_a_file_of_other_names_is_refused(text, said, tmp_path):
     if text is not None:

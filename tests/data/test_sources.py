@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError
 from ptee.data.labels import map_labels
+from ptee.data.shards import find_source
 from ptee.data.sources import require_source
 
 
@@ -120,9 +121,23 @@ def test_for_a_report_a_class_folder_without_pictures_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system does not show itself in folders")
-@pytest.mark.parametrize("source", ["/proc", "/sys", "/dev", "/proc/self/fd", "/tmp/../proc"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "/proc",
+        "/sys",
+        "/dev",
+        "/proc/self/fd",
+        "/tmp/../proc",
+        "/",
+        "/..",
+        "/proc/self/root",
+        "/proc/self/root/tmp",
+        "/proc/self/cwd",
+    ],
+)
 def test_folders_of_the_operating_system_are_not_searched(source):
-    for look in (opened, require_source):
+    for look in (opened, require_source, find_source):
         with pytest.raises(
             DataError, match="is a folder of the operating system, which holds no images: give a folder"
         ):

@@ -158,6 +158,19 @@ def test_an_order_without_a_choice_is_doubted_only_if_it_is_checked(check, tmp_p
     assert found.indices == (0, 1)
 
 
+def test_folders_within_class_folders_that_may_be_the_classes_are_to_be_moved_up(tmp_path):
+    write_folder(
+        tmp_path / "train",
+        [f"{kind}/{name}/{n}.png" for name in NAMES for n in range(3) for kind in (f"kind{len(name)}",)],
+    )
+    found = choose_class_order(backbone(NAMES), opened(tmp_path))
+    said = describe_labels(found)
+    assert said.startswith("The 2 classes (kind6, kind7) cannot be mapped to the backbone's 12")
+    assert said.endswith(
+        "12 others (class1, class10, class11, class12, class2 and 7 more), as many as it has classes: if these are the classes, move them up."
+    )
+
+
 def test_a_backbone_that_is_right_on_very_few_images_is_not_doubted(tmp_path):
     data = opened(write_folder(tmp_path / "val", ["cat/0.png", "dog/1.png"]).parent, report_only=True)
     assert not choose_class_order(SimpleNamespace(module=Oracle([0, 1]), num_classes=2), data).doubt

@@ -52,6 +52,16 @@ def test_no_other_weights_have_a_lower_cross_entropy():
         assert loss((v + step).clamp_min(0)) >= loss(v) - 1e-9
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_where_gradients_are_off_the_same_weights_are_found(labelled, around):
+    y, labels = answers()
+    goal = labels if labelled else None
+    with around():
+        found = fit_blend(y.clone(), goal)
+    assert found == fit_blend(y, goal)
+
+
 def test_one_exit_alone_is_a_temperature():
     y, labels = answers()
     (v,) = fit_blend(y, labels).weights[0, ()]
