@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import length_hint
 from typing import Any, Generic, TypeVar
 
@@ -24,9 +24,16 @@ def silent(text: str) -> None:
     """A log that nobody reads."""
 
 
+def _on_a_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
+
+
 def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any:
     """The items, with their progress shown meanwhile: as a bar on a terminal, as a line every half minute in a log."""
-    if shown and not getattr(sys.stderr, "isatty", lambda: False)():
+    if shown and not _on_a_terminal():
         return LogLines(items, description)
     total = length_hint(items, 0) or None
     return tqdm(_begun_once(items), total=total, desc=description, leave=False, disable=not shown)
@@ -35,7 +42,7 @@ def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any
 @contextmanager
 def counted(description: str) -> Iterator[Callable[[int], object]]:
     """Gives what is called with the number of things that are done by now: a bar on a terminal, a line every half minute in a log."""
-    if getattr(sys.stderr, "isatty", lambda: False)():
+    if _on_a_terminal():
         with tqdm(desc=description, unit="", leave=False) as bar:
             yield bar.update
         return
@@ -74,12 +81,13 @@ class LogLines(Generic[Item]):
         """Meanwhile lines are written."""
         self.start, over = time.monotonic(), threading.Event()
         writer = threading.Thread(target=self._write_lines, args=(over,), daemon=True)
-        writer.start()
         try:
+            writer.start()
             yield
         finally:
             over.set()
-            writer.join()
+            if writer.ident is not None:  # else Ctrl-C came before it began
+                writer.join()
 
     def _write_lines(self, over: threading.Event) -> None:
         total: Any = self.total or None
@@ -89,4 +97,6 @@ class LogLines(Generic[Item]):
             form = (LINE if self.done else LINE_AT_FIRST) if self.total else LINE_WITHOUT_TOTAL
             elapsed = time.monotonic() - self.start
             line = tqdm.format_meter(self.done, total, elapsed, prefix=self.description, bar_format=form)
-            tqdm.write(line, file=sys.stderr)
+            with suppress(ValueError, OSError):  # it may be closed
+                if sys.stderr is not None:
+                    tqdm.write(line, file=sys.stderr)

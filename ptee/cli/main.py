@@ -42,9 +42,8 @@ MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted; 141: nobody reads the output."""
     words = sys.argv[1:] if arguments is None else arguments
-    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
     open_closed()
-    if launched and os.environ["RANK"] != "0":  # under `accelerate launch` only the first process prints
+    if _is_a_further_process(words):
         lead_nowhere()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
     try:
@@ -56,6 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as why:
         status = _failed(why.__cause__ if isinstance(why, _BrokenPipe) and why.__cause__ else why, words)
     sys.exit(status)
+
+
+def _is_a_further_process(words: list[str]) -> bool:
+    """Whether others train together with this one, of which only the first prints, as under `accelerate launch`."""
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return "augment" in words[:1] and launched and os.environ["RANK"].isdecimal() and int(os.environ["RANK"]) > 0
 
 
 def _full_output() -> OSError | None:

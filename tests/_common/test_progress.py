@@ -106,3 +106,33 @@ def test_only_a_terminal_shows_a_bar_and_a_loader_begins_once(file, written, sho
     assert items.begun == 1, "or it would draw another order"
     assert sys.stderr.getvalue().strip("\r").startswith(written if shown else "")
     assert shown or not sys.stderr.getvalue()
+
+
+class Closed(io.StringIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.close()
+
+
+@pytest.mark.parametrize("stderr", [Closed(), None], ids=["closed", "none"])
+def test_where_nobody_can_read_lines_the_work_goes_on(stderr, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert list(with_bar(range(3), "reading images")) == [0, 1, 2]
+    over = threading.Event()
+    lines = LogLines(range(2), "reading images", seconds=0.01)
+    lines.start = 0.0
+    monkeypatch.setattr(over, "wait", lambda _, seen=[]: seen.append(1) or len(seen) > 1)
+    lines._write_lines(over)
+    assert not capsys.readouterr().out
+
+
+def test_no_thread_is_left_where_it_is_interrupted_as_it_begins(monkeypatch):
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading, "Thread", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(LogLines(range(2), "reading images"))
+    assert not any(isinstance(thread, Interrupted) for thread in threading.enumerate())

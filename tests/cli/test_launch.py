@@ -76,6 +76,15 @@ def test_a_command_that_was_launched_by_halves_opens_nothing(command, run, half_
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.parametrize("rank", ["1", "x"])
+def test_a_command_that_runs_in_one_process_prints_whatever_a_launcher_left_in_the_environment(rank, run, monkeypatch):
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = run("recipe", "ptee")
+    assert (done.status, done.err) == (0, "")
+    assert "training:" in done.out
+
+
 @pytest.mark.parametrize("function", ["fit", "train"])
 def test_a_function_that_was_launched_by_halves_opens_nothing(function, half_launched):
     with pytest.raises(PteeError, match=r"PMI_SIZE=2.*torchrun"):
