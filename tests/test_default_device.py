@@ -16,11 +16,13 @@ import torch
 from cases import slow
 from device import here
 from extras import needs_onnx
+from safetensors.torch import save_file
 from small import SIZE, labelled, made
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import ptee
+from ptee.backbones.load import load_backbone
 
 N = 40
 HOW: dict[str, Any] = {"epochs": 2, "batch_size": 8, "precision": "no", "device": here()}
@@ -76,6 +78,22 @@ def saved(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
     return heads(again)
 
 
+def named(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
+    """A network that has a name, from a file of its weights, and the run of it."""
+    folder.mkdir()
+    weights = folder.parent / "weights.safetensors"
+    if not weights.exists():
+        with torch.device("cpu"):
+            save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
+    torch.manual_seed(1)
+    again = ptee.augment("cifar_resnet8", weights=weights, exits=["layer1"], head="pool")
+    again.save_pretrained(folder / "run")
+    opened = ptee.load(folder / "run").to(HOW["device"])
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=torch.float32, device=HOW["device"]).view(2, 3, 32, 32)
+    with torch.no_grad():
+        return heads(again), opened.predict(images, 0.3).logits.tolist()
+
+
 def optimized(model: ptee.EarlyExitModel, data: TensorDataset, folder: Path) -> Any:
     quick = ptee.optimize(model, max_batch=N, mode="eager")
     return [part.tolist() for part in quick.predict(images_of(data), 0.3)]
@@ -110,6 +128,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "results": evaluated,
     "a comparison": compared,
     "a saved model": saved,
+    "a network that has a name": named,
     "an optimized model": optimized,
     "an exported model": exported,
     "an exported model, as ONNX": lambda *given: exported(*given, format="onnx"),

@@ -81,6 +81,12 @@ def made_on_cpu() -> AbstractContextManager[Any]:
     return nullcontext() if default.type == "cpu" else torch.device("cpu")
 
 
+def made_with_values() -> AbstractContextManager[Any]:
+    """What is made meanwhile lies on torch's default device; on the CPU if that is meta, where tensors have no values."""
+    default = torch.empty(0, device=None).device
+    return torch.device("cpu") if default.type == "meta" else nullcontext()
+
+
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
     """Meanwhile torch computes in so many CPU threads; None for its own choice.

@@ -160,6 +160,20 @@ def no_warnings() -> Iterator[None]:
 
 @Change
 @contextmanager
+def float32_by_default() -> Iterator[None]:
+    """What is built has the same numbers, whatever number type torch makes by default."""
+    import torch
+
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@Change
+@contextmanager
 def no_logs() -> Iterator[None]:
     """The loud loggers are silent."""
     levels = {name: logging.getLogger(name).level for name in LOUD}

@@ -47,7 +47,8 @@ class FrozenState:
         if holders:
             return
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+            if not parameter.is_inference():  # of a network that was moved under torch.inference_mode: torch refuses
+                parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         set_modes(module, self.training)
 
 

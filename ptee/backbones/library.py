@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
-from ptee._common.process import no_logs, no_pickles, no_stdout, no_warnings
+from ptee._common.process import float32_by_default, no_logs, no_pickles, no_stdout, no_warnings
 from ptee._common.text import number_of
 from ptee._common.validation import LARGEST_IMAGE
 
@@ -128,7 +128,7 @@ def building(label: str, args: Mapping[str, Any], remedy: Advice | None) -> Iter
     repository names its file: only the environment overrules them.
     """
     try:
-        with no_logs, no_warnings, no_stdout, no_pickles:
+        with no_logs, no_warnings, no_stdout, no_pickles, float32_by_default:
             yield
     except Exception as error:
         if remedy and not isinstance(error, TypeError):  # TypeError: an argument that the constructor does not take

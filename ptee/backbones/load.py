@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ptee._common.devices import made_with_values
 from ptee._common.errors import Argument, BackboneError, unknown
 from ptee._common.files import as_path
 from ptee._common.process import alone
@@ -199,7 +200,8 @@ def _load(library: str, request: ModelRequest, saved: Checkpoint | None = None) 
         request = replace(request, tensors=checkpoint.names)
     if expected := checkpoint or saved:
         _require_fit(library, request, expected)
-    built = LIBRARIES[library].build(request)
+    with made_with_values():
+        built = LIBRARIES[library].build(request)
     built.module.eval()
     note = None if checkpoint is None else load_weights(built.module, checkpoint)
     config = _override(built.known.input, request)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ptee._common.devices import made_on_cpu
 from ptee._common.errors import Argument, CutError, PteeError, RunError, UnknownName, about, unknown
+from ptee._common.process import float32_by_default
 from ptee.analysis.cut_points import Cut, random_images, survey
 from ptee.analysis.layout import Layout
 from ptee.analysis.macs import count
@@ -135,7 +136,7 @@ def _words(places: str | float | Sequence[float] | Sequence[str], of: str) -> st
 
 def build_head(spec: HeadSpec, layout: Layout, classes: int) -> ExitHead:
     """A new head, from a spec that is neither "auto" nor "front"."""
-    with made_on_cpu():  # the same seed gives the same head
+    with made_on_cpu(), float32_by_default:  # the same seed gives the same head
         features = _features(spec, layout)
         length = spec.stages[-1].channels if spec.stages else vector_length(spec.kind, features, layout)
         return ExitHead(layout, features, length, classes, builds_on_previous=spec.builds_on_previous)

@@ -118,7 +118,8 @@ def tensors_of(model: Any) -> dict[str, Any]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
+    values = tensor.detach()
+    return bool((values if values.element_size() > 1 else values.float()).isfinite().all())
 
 
 def _require_as_built(model: Any) -> None:

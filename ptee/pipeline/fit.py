@@ -199,7 +199,11 @@ def fit_backbone(backbone: Backbone, data: Data, recipe: Recipe, job: Job) -> Ea
         sole_writer(job.out, overwrite=job.overwrite, resume=job.resume),
         unreadable_named(data, job.out, job.overwrite),
     ):
-        return _fit(model, data, target, recipe, job, times)
+        try:
+            return _fit(model, data, target, recipe, job, times)
+        except BaseException:
+            model.detach()  # nobody gets the model, and who keeps the error would keep it
+            raise
 
 
 def _seeded(backbone: Backbone, recipe: Recipe) -> Backbone:
@@ -230,7 +234,7 @@ def _fit(
             job.out, complete[-1].number if complete else 0, resume=job.resume, overwrite=job.overwrite, again=job.again
         ) from why
     try:
-        _measure(model, report, outcome, recipe, job, without_images(data, model.num_classes))
+        doubts = _measure(model, report, outcome, recipe, job, without_images(data, model.num_classes))
         _save(model, history, recipe, job, times)
     except KeyboardInterrupt as why:
         words = f"the run in {job.out} is complete but for its results. {job.again}".rstrip()
@@ -238,6 +242,8 @@ def _fit(
     if job.out is not None:
         forget_training(job.out)
         job.log(f"\nSaved in {job.out}")
+    for sentence in doubts if job.log is silent else ():  # else it was said
+        warn(sentence)  # at the end: where warnings are errors, the run is whole
     return model
 
 
@@ -398,7 +404,8 @@ def _set_thresholds(
 
 def _measure(
     model: EarlyExitModel, report: tuple[Any, str], found: Solution | None, recipe: Recipe, job: Job, lacking: str
-) -> None:
+) -> list[str]:
+    """Measure the model. Returns what is to be doubted."""
     images, words = report
     if job.speed:
         job.log(f"\n{about_speed(model, job.speed_seconds)}")
@@ -412,5 +419,4 @@ def _measure(
         odd += [outcome] * missed
     job.log("\n".join(["", *filter(None, [lacking]), *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
-    for sentence in odd if job.log is silent else ():  # else it was said
-        warn(sentence)
+    return odd

@@ -140,7 +140,10 @@ def _nothing_learns(what: str, place: str) -> PteeError:
 
 @contextmanager
 def flags_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards each parameter requires gradients if it did before."""
+    """Afterwards each parameter requires gradients if it did before. Refuses those whose gradients torch can never switch on."""
+    if any(p.is_inference() for p in module.parameters()):
+        text = "The model was moved or copied under torch.inference_mode, so its heads cannot learn. Give copy.deepcopy(model), made outside of it."
+        raise PteeError(text)
     flags = [(p, p.requires_grad) for p in module.parameters()]
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import re
@@ -13,10 +14,13 @@ import timm
 import torch
 import torchvision
 from click.testing import CliRunner
+from small import SIZE as SMALL
+from small import made
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import ptee
+from ptee._common.errors import PteeError
 from ptee.analysis.cut_points import survey
 from ptee.analysis.macs import count
 from ptee.analysis.verify import verify_cut_points
@@ -116,6 +120,21 @@ def test_in_inference_mode_a_model_is_made_trained_saved_and_loaded(name, device
         assert torch.equal(again.predict(x, 0.0).logits, inside)
         assert [e.name for e in ptee.plan(again.detach(), num_exits=2, input_size=SIZE).exits]
     assert not any(p.is_inference() for p in again.heads.parameters())
+
+
+def test_a_model_that_was_moved_in_inference_mode_can_be_saved_and_gives_its_backbone_back_and_does_not_learn(tmp_path):
+    model = made()
+    backbone = model.backbone
+    with torch.inference_mode():
+        model.double().float()
+    data = TensorDataset(torch.randn(8, *SMALL), torch.arange(8) % 4)
+    with pytest.raises(PteeError, match=r"moved or copied under torch\.inference_mode.* Give copy\.deepcopy\(model\)"):
+        ptee.train(model, data, epochs=1, batch_size=4)
+    ptee.train(copy.deepcopy(model), data, epochs=1, batch_size=4, views=1, precision="no")
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, *SMALL)
+    assert torch.equal(ptee.load(tmp_path, backbone=copy.deepcopy(backbone)).predict(x).logits, model.predict(x).logits)
+    assert model.detach() is backbone
 
 
 def test_a_learned_head_at_the_images_learns_from_images_of_inference_mode(device):

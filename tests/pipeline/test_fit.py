@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -251,6 +252,25 @@ def test_exits_that_do_not_pay_are_warned_of_where_no_log_says_so(log, recwarn):
     fit(network(), images(64), threshold=0, log=log)
     said = [str(warning.message) for warning in recwarn if "leave at exit 0" in str(warning.message)]
     assert bool(said) == (log is None)
+
+
+def test_where_warnings_are_errors_the_run_is_whole_all_the_same(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*leave at exit 0")
+        with pytest.raises(UserWarning, match="leave at exit 0"):
+            fit(network(), images(64), threshold=0, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert ptee.load(tmp_path / "run", backbone=network()).results["rows"]
+
+
+def test_a_fit_that_fails_gives_the_network_back_though_somebody_keeps_the_error(monkeypatch):
+    backbone = network()
+    monkeypatch.setattr(trainer._Training, "_epoch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        fit(backbone, images(64))
+    assert kept.tb is not None
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert not any(part._forward_hooks for part in backbone.modules())
 
 
 def test_a_target_that_was_missed_is_warned_of(monkeypatch):
