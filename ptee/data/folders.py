@@ -101,7 +101,7 @@ def list_files(folder: Path, *, report_only: bool = False, removed: Sequence[Key
     if "train" in parts and not report_only:
         _refuse_empty_classes(parts["train"], found["train"])
     for part, own in parts.items():
-        require_no_masks(found[part], own.files)
+        require_no_masks(found[part], (file for files in own.files.values() for file in files))
     not_read += [words for part, own in parts.items() for words in _left_out(own, part * (found[part] != folder))]
     all_read = same_folders(next(iter(parts.values())).files)
     return replace(_number_classes(kind, parts, found, removed), not_read=tuple(not_read), all_read=all_read)
@@ -185,7 +185,7 @@ def _refuse_same_subfolders(folder: Path) -> None:
     """Folders that all hold the same class folders are parts, whatever their names. More of them than that are classes in two levels."""
     tops = subfolders(folder)
     same = _with_pictures(tops[0]) if len(tops) > 1 else []
-    if any(map(is_no_picture, same)):  # images/ and masks/, of which `require_no_masks` speaks
+    if len({*map(is_no_picture, same)}) == 2:  # images/ and masks/, of which `require_no_masks` speaks
         return
     if len(same) >= max(2, len(tops)) and all(_with_pictures(top) == same for top in tops[1:]):
         raise DataError(
@@ -323,44 +323,45 @@ def _files_below(folder: Path, reached: dict[Path, Path]) -> tuple[list[str], Co
 
 
 def _read_tar(path: Path, part: str) -> _Part:
-    """The pictures in one tar file. The class is the folder or the inner tar file around a picture, as in timm, or one above.
+    """The pictures in one tar file. As in timm, the class is the folder or the inner tar file around a picture.
 
     Only the positions of the pictures are kept. timm's reader keeps an open file, which the workers of a loader would share.
     """
-    files: dict[tuple[str, ...], list[tuple[str, int, int]]] = {}  # by folder: name, offset, size
-    others: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    folders: list[tuple[str, ...]] = []
+    found, folders, with_pictures = _Part(), [], set()
+    loose = 0
     try:
         with path.open("rb") as stream:
             for place, member, offset in tar_members(path, stream):
-                extension = Path(place[-1]).suffix.lower()
+                *above, name = place
+                class_name, extension = above[-1] if above else "", Path(name).suffix.lower()
                 if member.isdir():
                     folders.append(place)
                 elif member.isfile() and not member.issparse() and extension in EXTENSIONS:
-                    files.setdefault(place[:-1], []).append((member.name, offset, member.size))
+                    with_pictures.add(tuple(above))
+                    file = File(str(path), member.name, part, class_name, offset, member.size)
+                    found.files.setdefault(class_name, []).append(file)
+                elif extension in EXTENSIONS + UNREAD and not above:
+                    loose += 1
                 elif extension in EXTENSIONS + UNREAD:
-                    others[place[:-1]][_kind(member, extension)] += 1
-                elif member.isfile() and not extension and len(place) > 1:
-                    others[place[:-1]][BARE] += 1
+                    found.files.setdefault(class_name, [])
+                    found.others[class_name][_kind(member, extension)] += 1
+                elif member.isfile() and not extension and above:
+                    found.others[class_name][BARE] += 1
     except (tarfile.TarError, OSError, EOFError) as error:
         if packed := packed_by(path):
             raise DataError(f"'{path}' is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.") from error
         raise DataError(f"'{path}' is cut off or no tar file ({error}): make or fetch it again.") from error
-    if not files:
+    if not found.classes:
         raise DataError(f"No images in '{path}': its members should be CLASS/*.jpg or *.png.")
-    if () in files:
+    if "" in found.classes:
         raise DataError(f"'{path}' holds images outside of class folders: its members should be CLASS/*.jpg.")
-    _refuse_parts_in_tar(path, files)
-    level, found = _level_of_classes(files), _Part()
-    if loose := others.pop((), None):
-        found.loose.append(number_of(loose.total(), "picture", which=" outside of class folders"))
-    class_folders = {place[:level] for place in files}  # the folders that hold the class folders
-    more = [place for place, kinds in others.items() if {*kinds} != {BARE}]
-    for place in [*files, *more, *(place for place in folders if place[:-1] in class_folders)]:
-        name = "".join(place[level:][:1] or place[-1:])
-        own = found.files.setdefault(name, [])
-        own += [File(str(path), member, part, name, offset, size) for member, offset, size in files.pop(place, ())]
-        found.others[name] += others.pop(place, Counter())
+    _refuse_parts_in_tar(path, with_pictures)
+    if loose:
+        found.loose.append(number_of(loose, "picture", which=" outside of class folders"))
+    class_folders = {place[:-1] for place in with_pictures}  # the folders that hold the class folders
+    for place in folders:
+        if place not in with_pictures and place[:-1] in class_folders:
+            found.files.setdefault(place[-1], [])
     return found
 
 
@@ -374,14 +375,6 @@ def _refuse_parts_in_tar(path: Path, folders: Iterable[tuple[str, ...]]) -> None
         if {"train"} < set((parts := parts_of(names)).values()):
             own = some(sorted(parts, key=lambda name: PARTS.index(parts[name])))
             raise DataError(f"'{path}' holds parts of its own ({own}): unpack it, and give the folder that holds them.")
-
-
-def _level_of_classes(folders: Collection[tuple[str, ...]]) -> int:
-    """Where the class stands in the names of folders with pictures: at the end as in timm, but not in CLASS/images, CLASS/masks."""
-    differs = (level for level, names in enumerate(zip(*folders, strict=False)) if len({*names}) > 1)
-    top = next(differs, min(map(len, folders)))
-    tops, inner = {names[top:][:1] for names in folders}, {names[-1] for names in folders}
-    return top if len(tops) > len(inner) else -1
 
 
 def _kind(member: tarfile.TarInfo, extension: str) -> str:

@@ -41,6 +41,7 @@ LARGEST_PICTURE = 2**30  # bytes of one encoded picture
 NOT_A_FILE = "not a regular file"
 # Words for what shows where something is on a picture: as the name of a folder, and behind the name of the picture.
 MASKS = r"masks?|labels?|annotations?|ground[ _-]?truths?|gt|segs?|segmentations?"
+IMAGES_FOLDER = re.compile(r"images?|imgs?|pictures?|photos?|x-?rays?|inputs?|originals?", re.IGNORECASE)
 MASKS_FOLDER = re.compile(rf"(?:.*[ _.-])?masks?|{MASKS}", re.IGNORECASE | re.DOTALL)
 MASK_OF = re.compile(rf"[ _.-](?:{MASKS})(?:[ _.-]?\d+)?\Z", re.IGNORECASE)
 NEARLY_EACH = 0.9  # of the classes
@@ -336,29 +337,31 @@ def is_no_picture(name: str) -> bool:
     return MASKS_FOLDER.fullmatch(name) is not None
 
 
-def require_no_masks(folder: Path, classes: Mapping[str, Sequence[File]]) -> None:
-    """Refuse masks and the like beside their pictures: heads would learn from them as from images of the class."""
-    holding = Counter[str]()
-    for name, files in classes.items():
-        inner = _inner_folders(name, files)
-        if any(not any(map(is_no_picture, names)) for names in inner):
-            holding.update({f"{name}/" for names in inner for name in names if is_no_picture(name)})
-    if holding and 2 * max(holding.values()) >= sum(map(bool, classes.values())):
-        raise DataError(
-            f"The class folders of '{folder}' hold {some(list(holding))} beside other pictures, and every picture below a class "
-            f"folder is taken for an image of the class. Move {some(list(holding))} out of the class folders. If they hold images "
-            "of the class, move these up into the class folder itself."
-        )
-    found = {file.name.rpartition(".")[0]: file.name for files in classes.values() for file in files}
-    of = {name: name[: match.start()] for name in found if (match := MASK_OF.search(name))}
-    twins = {picture: name for name, picture in of.items() if picture in found}
-    if twins and 2 * len(twins) >= len(found) - len(of):
-        picture, twin = next(iter(twins.items()))
-        raise DataError(
-            f"At least half of the pictures of '{folder}' lie beside a mask of their own ('{found[twin]}' beside '{found[picture]}'), "
-            "which would be taken for an image of the class. Move the masks out of the class folders. If they are such images, "
-            "rename them."
-        )
+def require_no_masks(source: Path, files: Iterable[File]) -> None:
+    """Refuse masks and the like beside the pictures that they are named after: heads would learn from them as from images of the class."""
+    below: defaultdict[str, set[str]] = defaultdict(set)  # by folder: its pictures, without extensions
+    for file in files:
+        folder, _, name = file.name.rpartition("/")
+        below[folder].add(name.rpartition(".")[0])
+    pictured = defaultdict(set, {folder: set(stems) for folder, stems in below.items()})  # with those in images/
+    for folder, stems in below.items():
+        above, _, name = folder.rpartition("/")
+        if IMAGES_FOLDER.fullmatch(name):
+            pictured[above] |= stems
+    for folder, stems in below.items():
+        above, _, name = folder.rpartition("/")
+        of = {MASK_OF.sub("", stem) for stem in stems}
+        if above and is_no_picture(name) and 2 * len(of & pictured[above]) >= len(of):
+            raise DataError(
+                f"'{source}' holds {folder}/ beside the pictures that those in it are named after, and every picture below a class folder "
+                f"is taken for an image of the class. Move {name}/ out of the class folders. If it holds images of the class, rename it."
+            )
+        twins = {stem for stem in stems if MASK_OF.search(stem) and MASK_OF.sub("", stem) in stems}
+        if twins and 2 * len(twins) >= len(stems) - len(twins):
+            raise DataError(
+                f"At least half of the pictures in {folder}/ of '{source}' lie beside a mask of their own, such as {min(twins)}, which would "
+                "be taken for an image of the class. Move the masks out of the class folders. If they are such images, rename them."
+            )
 
 
 def same_folders(classes: Mapping[str, Sequence[File]]) -> str:
