@@ -37,7 +37,7 @@ def require_place(source: str | Path) -> bool:
         require_usable(name, path)
         return True
     if path.exists():
-        text = f"'{name}' is a file, not a folder: give the folder around it, which should hold {LAYOUTS}."
+        text = f"'{name}' is a file, not a folder: give a folder that holds {LAYOUTS}. Unpack archives that have other names."
         raise DataError(text, argument="data", value=source)
     is_prefixed = name.partition("/")[0] in (HUB, "torch", *STREAMS)  # so its slash does not mean a folder
     if isinstance(source, Path) or name.startswith((".", "~")) or (os.sep in name and not is_prefixed):
@@ -54,7 +54,9 @@ def require_usable(source: str, path: Path) -> None:
     require_utf8(path.resolve(), "data folder")
     for place in (path.resolve(), Path(os.path.normpath(path.absolute()))):
         top = place.parts[1:3]
-        if not top or (top[0] in ("proc", "sys", "dev") and top != ("dev", "shm")):
+        if not top:
+            raise DataError(f"'{source}' is the whole disk: {GIVE}.")
+        if top[0] in ("proc", "sys", "dev") and top != ("dev", "shm"):
             raise DataError(f"'{source}' is a folder of the operating system, which holds no images: {GIVE}.")
 
 
@@ -94,11 +96,11 @@ def is_one_of_several(folder: Path, holds: Callable[[Path], bool]) -> bool:
 def hidden_folders(folder: Path, holds: Callable[[Path], bool]) -> list[str]:
     """The names of hidden folders that hold such files, without those that programs put there."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.name[0] == "." and e.is_dir() and not LITTER.fullmatch(e.name))
+        names = sorted(e.name for e in entries if e.name[0] == "." and not LITTER.fullmatch(e.name))
     found = []
     for name in names:
         with suppress(DataError):  # one that may not be read
-            found += [name] * any(map(holds, visible(folder / name)))
+            found += [name] * ((folder / name).is_dir() and any(map(holds, visible(folder / name))))
     return found
 
 

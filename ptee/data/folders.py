@@ -221,6 +221,10 @@ def _beside(
         if part in wanted and part not in found:
             raise DataError(f"'{path}' {_why_no_part(path, first)}, or move it away.")
     rest = [path for path in visible(folder) if path not in found.values()]
+    for path in rest if first.is_file() else ():
+        part = part_of(path.name.partition(".")[0])
+        if path.suffix.lower() in ARCHIVES and part in wanted and part not in found:
+            raise DataError(f"'{path}' is compressed, beside '{first.name}': unpack it once, or move it away.")
     return [f"{path.name}/" for path in rest if path.is_dir()] + _loose(rest)
 
 

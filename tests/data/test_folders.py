@@ -316,6 +316,21 @@ def test_hidden_folders_of_pictures_beside_the_classes_are_named(folder):
     assert opened(folder).summary.endswith("not read: .cat/ of train, .cat/ of validation.")
 
 
+def test_a_hidden_link_to_itself_is_left_out(tmp_path):
+    write_folder(tmp_path, numbered(20))
+    (tmp_path / ".x").symlink_to(".x")
+    assert opened(tmp_path).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["val.tar.gz", "validation.tgz", "val.zip"])
+def test_a_part_that_is_compressed_beside_tar_files_is_refused(name, tars):
+    (tars / "validation.tar").rename(tars / name)
+    with pytest.raises(
+        DataError, match=rf"{name}' is compressed, beside 'train\.tar': unpack it once, or move it away"
+    ):
+        opened(tars)
+
+
 def test_hidden_classes_in_a_folder_without_parts_are_named(tmp_path):
     write_folder(tmp_path, [*numbered(20), ".cat/0.GIF"])
     assert opened(tmp_path).summary.endswith("not read: .cat/.")
