@@ -67,7 +67,7 @@ class OptimizedModel(nn.Module):
         # the pieces without heads, if they are timed
         self._bare: dict[int, tuple[Buckets, list[Callable[[], None]]]] = {}
         with _as_recorded(self._example):
-            self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
+            self._take_apart()
         self.eval()
 
     def __getstate__(self) -> Any:
@@ -148,18 +148,15 @@ class OptimizedModel(nn.Module):
     def _predict(self, x: Tensor, threshold: Thresholds | None, mark: Callable[[], None] | None) -> ExitOutput:
         rows = x.shape[0]
         with self._lock, _as_recorded(x):
-            with self.model.choosing:
-                given = self.model.thresholds_of_call(threshold, rows)
+            while True:
+                with self.model.choosing:
+                    settings, given = self._settings(), self.model.thresholds_of_call(threshold, rows)
                 # The head of an exit that is off runs where a later one reads its answer.
-                thresholds = with_off(given, self.model.off)
-                if not self._same_settings():
-                    require_eval(self.model)
-                    self._keep_up()
-            if rows <= self.max_batch:
-                return self._up_to_date(x, thresholds, mark)
-            parts = [self._up_to_date(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch))
-                     for i in range(0, rows, self.max_batch)]  # fmt: skip
-        return ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+                thresholds = with_off(given, settings[0].off)
+                parts = [self._up_to_date(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch), mark)
+                         for i in range(0, rows, self.max_batch)]  # fmt: skip
+                if _same(settings, self._made_for):  # else another thread has chosen others meanwhile
+                    return parts[0] if len(parts) == 1 else ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
 
     def _up_to_date(
         self, x: Tensor, thresholds: Sequence[float | Tensor], mark: Callable[[], None] | None = None
@@ -169,7 +166,7 @@ class OptimizedModel(nn.Module):
         To look at each module and weight takes the host longer than to start a piece. So it looks while the first piece runs, whose
         old weights are still there. If something changed, all is done again.
         """
-        if self._buckets.has_recorded(x.shape[0]):
+        if self._buckets.has_recorded(x.shape[0]) and self._same_settings():
             try:
                 return self._buckets(x, thresholds, mark, self._require_unchanged)
             except Exception:
@@ -228,10 +225,16 @@ class OptimizedModel(nn.Module):
             if (now.dtype, now.device) != (self._example.dtype, self._example.device):
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
             self._bare.clear()
-            self._buckets, self._made_for, self._made_of = self._made(), self._settings(), _Contents(self.model)
+            self._take_apart()
+
+    def _take_apart(self) -> None:
+        settings = (
+            self._settings()
+        )  # before it: another thread may choose others meanwhile, and the next call sees that
+        self._buckets, self._made_for, self._made_of = self._made(), settings, _Contents(self.model)
 
     def _same_settings(self) -> bool:
-        return all(new is old for new, old in zip(self._settings(), self._made_for, strict=True))
+        return _same(self._settings(), self._made_for)
 
     def _require_unchanged(self) -> None:
         if self._made_of.training():
@@ -322,6 +325,10 @@ def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Autocast is switched off, if it is on: that takes the host longer than to see that it is off."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _same(settings: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return all(map(is_, settings, others))
 
 
 def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:

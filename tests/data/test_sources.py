@@ -140,7 +140,7 @@ def test_folders_of_the_operating_system_are_not_searched(source):
     for look in (opened, require_source, find_source):
         with pytest.raises(
             DataError,
-            match="(is a folder of the operating system, which holds no images|is the whole disk): give a folder",
+            match=r"(is a folder of the operating system, which holds no images|is the whole disk): give a folder",
         ):
             look(source)
 

@@ -511,23 +511,31 @@ def test_threads_call_one_model_at_once_with_thresholds_of_their_own():
                 torch.testing.assert_close(out.logits, expected.logits)
 
 
-def test_a_call_has_all_or_none_of_the_settings_that_another_thread_chooses_together():
+def test_a_call_waits_while_another_thread_chooses_settings_that_belong_together(monkeypatch):
     model, x = make(), images()
-    at_the_end, at_exit_1 = ([NEVER] * E, []), ([ALWAYS] * E, [0])  # where all rows leave; a mixture: at exit 0
+    model.threshold = NEVER
+    halfway, go_on, answered = threading.Event(), threading.Event(), threading.Event()
+    switched_off = type(model.plan).switched_off
 
-    def choose() -> None:
-        for _ in range(300):
-            model.choose(*at_exit_1, None)
-            model.choose(*at_the_end, None)
+    def slowly(plan, numbers):
+        halfway.set()
+        assert go_on.wait(20)
+        return switched_off(plan, numbers)
 
-    model.choose(*at_the_end, None)
-    seen = set()
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(choose)
-        while not done.done():
-            seen.update(model.predict(x).exit_index.tolist())
-    done.result()
-    assert seen <= {1, E}
+    def answer() -> list[int]:
+        out = model.predict(x)
+        answered.set()
+        return out.exit_index.tolist()
+
+    monkeypatch.setattr(type(model.plan), "switched_off", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        chosen = pool.submit(model.choose, [ALWAYS] * E, [0], None)
+        assert halfway.wait(20)
+        got = pool.submit(answer)
+        assert not answered.wait(0.3), "with the new thresholds, and exit 0 still on"
+        go_on.set()
+        chosen.result()
+        assert got.result() == [1] * b
 
 
 ANOTHER = {

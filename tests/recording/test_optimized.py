@@ -612,6 +612,24 @@ def test_a_setting_that_is_mistyped_is_refused_as_of_the_model_itself():
         fast.treshold = 0.7
 
 
+def test_a_batch_in_parts_is_answered_by_one_choice_of_settings(x):
+    early = made()
+    fast = ptee.optimize(early, max_batch=4, mode="eager")
+    early.choose([NEVER, 0.0], [], None)
+    parts = []
+
+    def chosen_meanwhile(*args):
+        if not parts:
+            early.choose([0.0, NEVER], [1], None)
+        parts.append(args)
+        return up_to_date(*args)
+
+    up_to_date = fast._up_to_date
+    fast._up_to_date = chosen_meanwhile
+    assert set(fast.predict(x[:6]).exit_index.tolist()) == {0}
+    assert len(parts) == 4, "two parts, and both again"
+
+
 @pytest.mark.parametrize("name", ["mode", "max_batch"])
 def test_what_it_was_made_with_cannot_be_set(name):
     fast = ptee.optimize(made(), max_batch=1)
