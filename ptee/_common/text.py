@@ -100,7 +100,10 @@ def shown(value: object, most: int = 60) -> str:
     >>> shown("resnet50"), shown([1, 2]), shown(type("Net", (), {"__repr__": lambda self: "Net(\\n)"})())
     ("'resnet50'", '[1, 2]', 'Net(...)')
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of thousands of digits"
     text = f"{type(value).__name__}(...)" if "\n" in text else text
     return text if len(text) <= most else f"{text[:most]}..."
 

@@ -14,6 +14,7 @@ from ptee import __version__
 from ptee._common.errors import NEAREST, Argument, PteeError, RunError, first_line
 from ptee._common.files import MOST_NAMES, as_path, folders_like, from_json, is_file, is_folder
 from ptee._common.process import no_logs
+from ptee._common.text import shown
 from ptee._common.validation import from_pydantic
 from ptee._common.writing import settle
 from ptee.backbones.record import checked_record, rebuilding, require_weights
@@ -236,7 +237,7 @@ def require_shape(folder: str | Path, name: str, wanted: Sequence[int], found: S
     if found is None:
         require_names(folder, [name], [])
     elif tuple(found) != tuple(wanted):
-        text = f"tensor {name!r:.80} has shape {tuple(found)}, the head {tuple(wanted)}"
+        text = f"tensor {name!r:.80} has shape {shown(tuple(found))}, the head {tuple(wanted)}"
         raise RunError(f"{folder}: {text}; {_AGAIN}")
 
 

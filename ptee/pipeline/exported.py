@@ -156,7 +156,7 @@ def images_for(
     how: dict[str, Any] = {"check": True, "device": "cpu", "report_only": True}
     found, labels = open_images(data, backbone, seed=0, root=data_root, classes=classes, trained=m.class_names, **how)
     images, words = images_to_report_on(found, {}, folder)
-    return images, words if m.pixels_known else f"{words} {PIXELS_NOT_KNOWN}", labels
+    return images, words if m.pixels_known else f"{PIXELS_NOT_KNOWN}\n\n{words}", labels
 
 
 def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:

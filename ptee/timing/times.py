@@ -117,7 +117,7 @@ class Times(FrozenConfig):
         wanted = usual if executor == AUTO else executor
         if wanted not in there:
             raise PteeError(
-                f"{wanted} was not measured, only {', '.join(there)}. {self._measure(wanted, batch)}",
+                f"{wanted} was not measured, only {', '.join(there)}. Measure again: {self._measure(wanted, batch)}",
                 argument="executor", value=executor,
             )  # fmt: skip
         return there[wanted]
@@ -126,8 +126,9 @@ class Times(FrozenConfig):
         """The times of a batch, as fractions of the bare backbone's by the same executor."""
         if not 1 <= batch <= self.rows[-1]:
             raise PteeError(
-                Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. "
-                + self._measure(executor, batch), argument="at_batch", value=batch,
+                Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. Give ",
+                Argument("at_batch", f"{self.rows[-1]}"), f", or measure again: {self._measure(executor, batch)}",
+                argument="at_batch", value=batch,
             )  # fmt: skip
         m = self.by(executor, batch)
         bare = between(self.rows, m.bare, batch)[-1].item()
@@ -139,7 +140,7 @@ class Times(FrozenConfig):
     def _measure(self, executor: str, batch: int) -> str:
         """What to type for one that is lacking: all at once, because what is saved takes the place of what was kept."""
         executors = dict.fromkeys([*(m.executor for m in self.executors), *([] if executor == AUTO else [executor])])
-        return f"Measure again: ptee bench RUN --executor {','.join(executors)} --batch-sizes {max(batch, self.rows[-1])} --save"
+        return f"ptee bench RUN --executor {','.join(executors)} --batch-sizes {max(batch, self.rows[-1])} --save"
 
     def require_of(self, model: EarlyExitModel, device: torch.device, where: str) -> None:
         """Refuse times of other exits, another number type or another kind of device than a model has now."""

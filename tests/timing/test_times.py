@@ -38,7 +38,8 @@ def test_between_two_numbers_of_rows_that_were_measured_times_are_on_a_line_and_
 
 def test_a_batch_or_an_executor_that_was_not_measured_is_refused():
     with pytest.raises(
-        PteeError, match=r"at_batch=8 was not measured: the largest batch was 4\. .*--executor hooks --batch-sizes 8"
+        PteeError,
+        match=r"at_batch=8 was not measured: the largest batch was 4\. Give at_batch=4, or measure again: .*--executor hooks --batch-sizes 8",
     ):
         Times(**values()).at(8)
     with pytest.raises(
