@@ -36,6 +36,7 @@ from ptee.model import saving as runs
 from ptee.model.build import build
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.run_config import fingerprint
+from ptee.model.run_files import require_shape
 
 SIZE = (3, 16, 16)
 
@@ -1081,3 +1082,9 @@ def test_a_backbone_that_learnt_and_could_not_be_loaded_again_is_not_saved(tmp_p
     with pytest.raises(RunError, match=r"^Values of the backbone are NaN, so no run is written: two\.bias\."):
         model.save_pretrained(tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_shape_of_thousands_of_sides_is_not_written_out():
+    with pytest.raises(RunError, match="has shape") as refusal:
+        require_shape("run", "0.weight", (1,), (1,) * 10_000)
+    assert len(str(refusal.value)) < 300
