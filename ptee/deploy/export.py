@@ -21,7 +21,7 @@ from ptee._common.errors import Argument, PteeError, RunError, first_line, unkno
 from ptee._common.files import file_hash
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own_export
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, type_name
+from ptee._common.text import number_of, shown, type_name
 from ptee._common.validation import checked, is_name
 from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
@@ -82,6 +82,7 @@ def export(
     format: str = PT2,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Path:
     """Write the pieces of a model, and all that is needed to run them, into a new folder.
 
@@ -92,6 +93,7 @@ def export(
         mean: of the pixels, in 0..1: a number for each channel, or one. With `std`, for a module of your own: by these, pictures are
             normalised as the module takes its images. None: the model's.
         std: by which the difference is divided. [1 / 255] gives pixels of 0 to 255.
+        class_names: in the order of the logits. Empty: as the data of the run has them.
 
     Returns:
         The folder. `ptee.load_exported` runs it.
@@ -106,6 +108,7 @@ def export(
         raise unknown("format", format, FORMATS, argument="format")
     require_libraries(format)
     origin = _normalised_by(model.origin, mean, std)
+    names = checked_names(class_names, model.num_classes) or class_names_of(model)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
         raise PteeError(f"This model is on {like.device.type}, and files are made on the CPU. Call model.cpu() first.")
@@ -116,7 +119,7 @@ def export(
         pieces = segments(model, keep_logits=model.rule.reads_earlier)
         check_segments(model, pieces, BATCHES)
         made = Path(beside)
-        _write(model, origin, pieces, made, format)
+        _write(model, origin, pieces, made, format, names)
         _require_same(model, made)
         publish(made, target)
     return target
@@ -158,7 +161,9 @@ def require_libraries(format: str) -> None:
         raise PteeError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def _write(model: EarlyExitModel, origin: Backbone, pieces: Sequence[Segment], folder: Path, format: str) -> None:
+def _write(
+    model: EarlyExitModel, origin: Backbone, pieces: Sequence[Segment], folder: Path, format: str, names: Sequence[str]
+) -> None:
     alive: tuple[Tensor, ...] = (example_images(model, EXAMPLE_ROWS),)
     rows: Sequence[Rows] = (Rows(),)
     listed = []
@@ -178,7 +183,7 @@ def _write(model: EarlyExitModel, origin: Backbone, pieces: Sequence[Segment], f
         alive, rows = given[:-2], piece.rows
         layout = [[where.axis, where.each] for where in piece.rows]
         listed.append({"file": file.name, "exit": piece.exit, "rows": layout})
-    sign(folder, _manifest(model, origin, listed, format))
+    sign(folder, _manifest(model, origin, listed, format, names))
     write_text(folder / "README.md", _card(model, origin, format))
 
 
@@ -202,7 +207,9 @@ def _save(program: torch.export.ExportedProgram, file: Path, format: str) -> Non
         made.save(str(file))
 
 
-def _manifest(model: EarlyExitModel, origin: Backbone, pieces: list[dict[str, Any]], format: str) -> dict[str, Any]:
+def _manifest(
+    model: EarlyExitModel, origin: Backbone, pieces: list[dict[str, Any]], format: str, names: Sequence[str]
+) -> dict[str, Any]:
     images = origin.input
     return {
         "schema_version": SCHEMA,
@@ -214,7 +221,7 @@ def _manifest(model: EarlyExitModel, origin: Backbone, pieces: list[dict[str, An
         "std": list(images.std),
         "interpolation": images.interpolation,
         "classes": model.num_classes,
-        "class_names": class_names(model),
+        "class_names": list(names),
         "exits": [e.name for e in model.exits],
         "costs": list(model.costs),
         "thresholds": [min(max(t, -1.0), 2.0) if math.isinf(t) else t for t in model.threshold],
@@ -227,7 +234,18 @@ def _manifest(model: EarlyExitModel, origin: Backbone, pieces: list[dict[str, An
     }
 
 
-def class_names(model: EarlyExitModel) -> list[str]:
+def checked_names(names: Sequence[str], classes: int) -> list[str]:
+    """Names of classes that a user gives. Refuses another number of them, and such as no file may have."""
+    if names and len(names) != classes:
+        text = f"{number_of(len(names), 'name')} for {classes:,} classes. Give one for each class."
+        raise PteeError(text, argument="class_names", value=names)
+    if odd := next((name for name in names if not is_name(name)), None):
+        text = f"{shown(odd)} is no name of a class: it is one short line of text."
+        raise PteeError(text, argument="class_names", value=names)
+    return list(names)
+
+
+def class_names_of(model: EarlyExitModel) -> list[str]:
     """The names of the classes as the run's data has them; empty if it does not say, or they are too long or odd for a manifest."""
     names = classes_of_run(model.results, model.num_classes)
     return names if len(str(names)) <= LARGEST_MANIFEST // 4 and all(map(is_name, names)) else []

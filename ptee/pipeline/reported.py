@@ -19,6 +19,7 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee._common.writing import require_page, require_writable, settle
 from ptee.analysis.freezing import device_of
 from ptee.data.splits import Unseen, parts_for_all
+from ptee.deploy.export import checked_names
 from ptee.evaluation.comparison import DROPS, smaller_network
 from ptee.evaluation.comparison_lines import LINES
 from ptee.evaluation.comparison_table import Comparison
@@ -209,9 +210,7 @@ def write_report(
     _require_times(saved, cost, at_batch, executor, own=backbone is not None)
     opened = load(model, backbone=backbone) if isinstance(model, str | Path) else model
     require_early_exit(opened)
-    if class_names and len(class_names) != opened.num_classes:
-        text = f"{number_of(len(class_names), 'name')} for {opened.num_classes:,} classes. Give one for each class."
-        raise PteeError(text, argument="class_names", value=class_names)
+    checked_names(class_names, opened.num_classes)
     split = ((opened.results or {}).get("data") or {}).get("split") or {}
     data = from_data_sets(None, val_data, calibration_data, seed=split.get("seed", 0), report_only=True)
     data = replace(data, split=data.split | {"classes": list(class_names)})

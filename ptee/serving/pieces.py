@@ -126,7 +126,7 @@ def pieces_of_model(model: Any) -> Pieces:
     """
     from ptee.analysis.freezing import one_parameter
     from ptee.deploy.check import check_segments
-    from ptee.deploy.export import AnsweringPiece, class_names
+    from ptee.deploy.export import AnsweringPiece, class_names_of
     from ptee.deploy.segments import segments
     from ptee.model.early_exit import require_early_exit
 
@@ -137,7 +137,7 @@ def pieces_of_model(model: Any) -> Pieces:
     dtype = type_name(like.dtype)
     about = About(
         model.plan.backbone, tuple(model.plan.input_size), tuple(images.mean), tuple(images.std), images.interpolation,
-        dtype, model.num_classes, tuple(class_names(model)), tuple(e.name for e in model.exits), model.origin.pixels_known,
+        dtype, model.num_classes, tuple(class_names_of(model)), tuple(e.name for e in model.exits), model.origin.pixels_known,
     )  # fmt: skip
     steps = []
     for before, piece in zip([None, *found], found, strict=False):

@@ -30,7 +30,7 @@ from torch import Tensor
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.data.pictures import image_transform
-from ptee.deploy.export import class_names
+from ptee.deploy.export import class_names_of
 from ptee.deploy.manifest import MANIFEST, fingerprint
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.runner import main as runner_main
@@ -434,7 +434,7 @@ def test_names_that_are_none_of_the_classes_stay_out_of_the_manifest():
     model = made()
     for names in (["one"], ["a\x1b[2J"] * K, ["a\tb"] * K, ["a\nb"] * K, [1] * K, "abc", ["a" * 256] * K, None):
         model.results = {"data": {"split": {"classes": names}}}
-        assert class_names(model) == []
+        assert class_names_of(model) == []
 
 
 # ---------------------------------------------------------------------------------------------------- the program's output
@@ -574,3 +574,23 @@ def test_other_answers_are_seen_where_all_rows_are_equally_sure(tmp_path, monkey
     with pytest.raises(PteeError, match="gives other answers than the model to a batch of 7"):
         ptee.export(model, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_classes_get_the_names_that_are_given(tmp_path):
+    folder = ptee.export(made(), tmp_path / "out", class_names=["cat", "dog", "owl", "fox"])
+    assert ptee.load_exported(folder).manifest.class_names == ("cat", "dog", "owl", "fox")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["cat"], "1 name for 4 classes. Give one for each class"),
+        (["a", "b", "c", "d\ne"], r"'d\\ne' is no name of a class"),
+        ("abcd", "class_names='abcd' must"),
+    ],
+    ids=["too few", "two lines", "one text"],
+)
+def test_names_that_no_classes_can_have_are_refused(names, said, tmp_path):
+    with pytest.raises(PteeError, match=said):
+        ptee.export(made(), tmp_path / "out", class_names=names)
+    assert list(tmp_path.iterdir()) == []
