@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from cases import slow
 from command import NETWORK, RANDOM, assert_refused
 
 import ptee
@@ -19,7 +20,11 @@ def test_plan_prints_a_line_for_each_exit_and_writes_nothing(run, elsewhere):
     assert list(elsewhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("more", [("plan",), ("plan", "--images", 9), ("bench", "--batch-sizes", 1, "--rounds", 3)])
+@pytest.mark.parametrize(
+    "more",
+    [("plan",), slow(("plan", "--images", 9)), slow(("bench", "--batch-sizes", 1, "--rounds", 3))],
+    ids=["plan", "images", "bench"],
+)
 def test_of_a_file_with_averaged_weights_it_says_which_were_taken(more, run, elsewhere):
     states = [load_backbone("cifar_resnet8", pretrained=False).module.state_dict() for _ in range(2)]
     torch.save({"model": states[0], "model_ema": states[1]}, "w.pth")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow
 from learning import SIZE, data, made
 
 import ptee
@@ -43,13 +44,15 @@ WORK: dict[str, Callable[[EarlyExitModel, Path], Any]] = {
 }
 EXPORT = pytest.param(
     lambda model, folder: ptee.export(model, folder / "onnx", format="onnx"),
-    marks=pytest.mark.cpu("exports are made on the CPU"),
+    marks=[pytest.mark.cpu("exports are made on the CPU"), pytest.mark.slow],
     id="export",
 )
 
 
 @pytest.mark.filterwarnings("ignore:These images are", "ignore:Of these images")
-@pytest.mark.parametrize("work", [*(pytest.param(work, id=name) for name, work in WORK.items()), EXPORT])
+@pytest.mark.parametrize(
+    "work", [*((slow if name == "the page" else pytest.param)(work, id=name) for name, work in WORK.items()), EXPORT]
+)
 def test_no_statistics_of_the_backbone_move(work, tmp_path):
     model = made()
     net = model.backbone
