@@ -228,9 +228,7 @@ class OptimizedModel(nn.Module):
             self._take_apart()
 
     def _take_apart(self) -> None:
-        settings = (
-            self._settings()
-        )  # before it: another thread may choose others meanwhile, and the next call sees that
+        settings = self._settings()  # asked first: another thread may choose others meanwhile
         self._buckets, self._made_for, self._made_of = self._made(), settings, _Contents(self.model)
 
     def _same_settings(self) -> bool:
