@@ -64,11 +64,12 @@ def state() -> dict[str, object]:
 
 def at_once(*works: Callable[[], object]) -> list[object]:
     """Run each in a thread of its own, all begun together. Returns what they return."""
-    meeting = threading.Barrier(len(works))
+    meeting, device = threading.Barrier(len(works)), here()
 
     def begin(work: Callable[[], object]) -> object:
         meeting.wait(60)
-        return work()
+        with device:  # a thread's own default is the CPU
+            return work()
 
     with ThreadPoolExecutor(len(works)) as pool:
         return [future.result(120) for future in [pool.submit(begin, work) for work in works]]
