@@ -353,8 +353,8 @@ def require_no_masks(source: Path, files: Iterable[File]) -> None:
         of = {MASK_OF.sub("", stem) for stem in stems}
         if above and is_no_picture(name) and 2 * len(of & pictured[above]) >= len(of):
             raise DataError(
-                f"'{source}' holds {folder}/ beside the pictures that those in it are named after, and every picture below a class folder "
-                f"is taken for an image of the class. Move {name}/ out of the class folders. If it holds images of the class, rename it."
+                f"'{source}' holds {folder}/ with pictures that are named after others beside it, as masks are. Every picture below a class "
+                f"folder is taken for an image of the class. Move {name}/ out of the class folders. If it holds such images, rename it."
             )
         twins = {stem for stem in stems if MASK_OF.search(stem) and MASK_OF.sub("", stem) in stems}
         if twins and 2 * len(twins) >= len(stems) - len(twins):
