@@ -42,6 +42,12 @@ def is_sided(name: str) -> bool:
     return name.lower().rpartition("/")[2].replace("_", "") in SIDED
 
 
+def holds_sided(data_set: Any) -> bool:
+    """Whether a data set from Python is one of these, such as `torchvision.datasets.MNIST`, or a subset of one, or made of some."""
+    inner = getattr(data_set, "datasets", None) or ([data_set.dataset] if hasattr(data_set, "dataset") else [])
+    return is_sided(type(data_set).__name__) or any(holds_sided(each) for each in inner)
+
+
 def _list_digits(_: int) -> Listing:
     from PIL import Image
     from sklearn.datasets import load_digits

@@ -18,6 +18,7 @@ from ptee._common.text import number_of
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described, same_images
 from ptee.data.labels import LabelMap, near_chance, recorded_classes, relabelled
+from ptee.data.named import holds_sided
 from ptee.data.pictures import Key, all_broken_named, image_transform
 from ptee.data.recorded import recorded
 from ptee.data.sources import open_data, open_named
@@ -106,7 +107,7 @@ def from_data_sets(train: Any, validation: Any, calibration: Any, *, seed: int, 
     parts, rule = complete(delivered, ARGUMENTS["train"], seed)
     sizes = {part: len(images) for part, images in parts.items()}
     split = {"kind": DATA_SETS, "parts": dict.fromkeys(delivered, SOURCE), "rule": rule, "seed": seed, "sizes": sizes}
-    return Data(**parts, class_names=(), source=SOURCE, split=split)
+    return Data(**parts, class_names=(), source=SOURCE, split=split, mirror=not holds_sided(train))
 
 
 def _require_map_style(data: Any, argument: str) -> None:

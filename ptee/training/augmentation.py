@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ptee._common.errors import Argument, PteeError
 from ptee.data.batches import IMAGE_KEYS
+from ptee.data.named import holds_sided
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import JOINT, TrainingConfig, shift_for
 
@@ -129,6 +130,11 @@ def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(sample, (tuple, list)) and sample:
         return [change(sample[0]), *sample[1:]]
     return change(sample)
+
+
+def resolved_mirror(config: TrainingConfig, data: Any) -> bool:
+    """Whether mirror images are shown: never of data sets that are known to be of digits, letters or signs."""
+    return config.mirror and not holds_sided(data)
 
 
 def resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:

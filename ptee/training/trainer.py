@@ -39,7 +39,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.forward import Reading
 from ptee.model.saving import require_saveable
 from ptee.training import checkpoint as checkpoints
-from ptee.training.augmentation import resolved_shift
+from ptee.training.augmentation import resolved_mirror, resolved_shift
 from ptee.training.config import JOINT, ONE_BY_ONE, TrainingConfig, epochs_for, passes, require_weight_each
 from ptee.training.feature_cache import CacheFolder, Estimate, NotCached, entries
 from ptee.training.history import Epoch, History, collapse_of
@@ -158,7 +158,7 @@ def resolve_config(config: TrainingConfig, model: EarlyExitModel, train_data: An
     """The settings with a value for every None and "auto". A PteeError if one does not fit the model or the data."""
     require_saveable(model.heads.state_dict(), model.backbone.state_dict() if config.backbone == JOINT else None)
     require_weight_each(config.exit_weights, len(model.exits) + 1)
-    values: dict[str, Any] = {"shift": resolved_shift(config, model)}
+    values: dict[str, Any] = {"shift": resolved_shift(config, model), "mirror": resolved_mirror(config, train_data)}
     if config.epochs == "auto":
         values["epochs"] = _auto_epochs(config, train_data)
     if config.views == "auto":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.labels import LabelMap
@@ -46,6 +46,23 @@ def test_parts_that_are_given_are_taken_as_they_are():
     data = from_data_sets(train, validation, calibration, seed=0)
     assert (data.train, data.validation, data.calibration) == (train, validation, calibration)
     assert data.split["sizes"] == {"train": 20, "calibration": 6, "validation": 5}
+
+
+class MNIST(TensorDataset):
+    """Named like torchvision's."""
+
+
+def test_digits_of_torchvision_are_not_mirrored_and_other_data_sets_are():
+    digits, others = MNIST(*images(20).tensors), images(20)
+    for train in (
+        digits,
+        Subset(digits, range(12)),
+        ConcatDataset([others, digits]),
+        Subset(Subset(digits, [1, 2]), [1]),
+    ):
+        assert not from_data_sets(train, others, others, seed=0).mirror
+    for train in (others, Subset(others, range(12)), ConcatDataset([others, others])):
+        assert from_data_sets(train, digits, digits, seed=0).mirror
 
 
 @pytest.mark.parametrize("labels", [True, False])

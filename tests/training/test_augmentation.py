@@ -222,6 +222,15 @@ def test_auto_makes_two_views_of_a_data_set_and_shifts_what_heads_read_as_maps()
     assert resolve_config(TrainingConfig(), made(), DataLoader(data(), 4)).views == 1
 
 
+class KMNIST(TensorDataset):
+    """Named like torchvision's."""
+
+
+def test_letters_of_torchvision_are_not_mirrored():
+    letters = KMNIST(*data().tensors)
+    assert [resolve_config(TrainingConfig(), made(), each).mirror for each in (data(), letters)] == [True, False]
+
+
 def test_a_loader_makes_its_own_batches_and_gets_no_views():
     with pytest.raises(DataError, match=r"views=4 needs a data set, and this is a DataLoader.*views=1"):
         ptee.train(made(), DataLoader(data(), 4), epochs=1, device=here(), views=4)
