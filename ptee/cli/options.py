@@ -269,6 +269,8 @@ class File(Place):
         """Called by click."""
         path = super().convert(value, param, ctx)
         if not is_file(path):
+            if path.is_dir():
+                self.fail(f"{value!s:.300} is a folder. Give a file, such as one in it.", param, ctx)
             self.fail(f"There is no file {value!s:.300}. Give one that exists.", param, ctx)
         return path
 

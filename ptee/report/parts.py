@@ -16,7 +16,8 @@ from ptee.report.reported import Reported
 from ptee.report.style import COLOURS
 from ptee.report.words import Number
 
-STAR = "at the slider's thresholds"
+STAR, OWN_STAR = "at the slider's thresholds", "at the run's own thresholds"
+SLIDER = "The slider sets one T for all exits that are on: it moves the star and the columns. The run's own thresholds differ from exit to exit."
 POINT = {"symbol": "star", "size": 17, "color": COLOURS[5], "line": {"width": 1, "color": "#000000"}}
 
 
@@ -74,24 +75,28 @@ def _thresholds(of: Reported) -> Iterator[Part]:
     if of.traces is None or of.comparison is None or of.own is None:
         return
     every = facts.steps(of.traces, of.model.off)
-    drawn = {curves.ACCURACY: curve(of, curves.ACCURACY, STAR)}
+    all_off = len(of.model.off) == of.traces.exits  # then no threshold changes anything
+    star = OWN_STAR if all_off else STAR
+    drawn = {curves.ACCURACY: curve(of, curves.ACCURACY, star)}
     if of.comparison.accuracy is not None:  # else the first shows fidelity
-        drawn[curves.FIDELITY] = curve(of, curves.FIDELITY, STAR)
+        drawn[curves.FIDELITY] = curve(of, curves.FIDELITY, star)
     drawn["shares"] = exit_figures.shares(of.own, of.traces.targets is not None)
     said = [
-        "An image leaves at the first exit whose confidence h is at least T. A low T is cheap, a high T is faithful. The slider sets one T for "
-        "all exits that are on: it moves the star and the columns. The run's own thresholds differ from exit to exit.",
+        "An image leaves at the first exit whose confidence h is at least T. A low T is cheap, a high T is faithful. "
+        + ("Every exit of this run is off, so the backbone answers all images, whatever T is." if all_off else SLIDER),
         f"Up and to the left is better. Cost is a share of {of.comparison.unit}. Fidelity is the share of answers that are the backbone's. "
         "Bars are 95 % intervals of what is lost of accuracy. Point at a mark for its thresholds and what to type; tap a name to hide its line; "
         "double-click a figure to see all, also marks far below the others.",
         WAYS,
     ]
-    yield Part("thresholds", "What it saves and loses", said, drawn, slider=_slider(of, every, of.own))
+    slider = None if all_off else _slider(of, every, of.own)
+    yield Part("thresholds", "What it saves and loses", said, drawn, slider=slider)
     yield Part("alternatives", "What is cheapest", [*words.cheapest(of), CHEAPEST])
-    yield Part("sweep", "One threshold for all exits", [SWEEP], {"sweep": curves.threshold(every)})
+    if not all_off:
+        yield Part("sweep", "One threshold for all exits", [SWEEP], {"sweep": curves.threshold(every)})
 
 
-def curve(of: Reported, measure: str, star: str = "at the run's own thresholds") -> Any:
+def curve(of: Reported, measure: str, star: str = OWN_STAR) -> Any:
     """The curve with the run's own point on it, called `star`, which the slider moves: it is the last of the figure."""
     assert of.comparison is not None and of.own is not None
     drawn = curves.curve(of.comparison, measure, lambda line, entry: command(of, line, entry))

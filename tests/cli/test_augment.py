@@ -272,6 +272,7 @@ def test_augment_refuses_in_one_line_before_the_training_and_writes_nothing(
 
 MISSING = {
     "weights": (["--weights", "none.pth"], "There is no file none.pth. Give one that exists"),
+    "weights that are a folder": (["--weights", "."], ". is a folder. Give a file, such as one in it"),
     "class names": (["--classes", "none.txt"], "There is no file none.txt. Give one that exists"),
     "a folder": (["--data", "some/where"], "Data folder 'some/where' does not exist"),
     "a folder, or a data set of that name": (["--data", "nowhere"], "no folder 'nowhere', and no data set.*digits, "),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,18 @@ def test_a_part_is_left_out_where_the_run_has_not_what_it_needs(evil):
     assert "training" not in keys(replace(evil, metrics={}))
     bare = replace(evil, traces=None, comparison=None, images=None)
     assert keys(bare) == ["summary", "network", "training", "made"]
+
+
+def test_where_every_exit_is_off_there_is_no_slider_that_moves_nothing(evil, tmp_path):
+    model = copy(evil.model)
+    model.off = (0, 1)
+    off = replace(evil, model=model)
+    assert {*ALL} - {*keys(off)} == {"sweep", "confusion"}
+    thresholds = next(part for part in parts(off) if part.key == "thresholds")
+    assert thresholds.slider is None
+    assert "Every exit of this run is off" in thresholds.words[0]
+    write_page(off, tmp_path / "off.html")
+    assert 'type="range"' not in (tmp_path / "off.html").read_text(encoding="utf-8")
 
 
 def test_without_labels_all_is_said_of_the_backbones_answers(unlabelled):
