@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line
+from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line, unknown
 from ptee._common.process import float32_by_default, no_logs, no_pickles, no_stdout, no_warnings
 from ptee._common.text import number_of
 from ptee._common.validation import LARGEST_IMAGE
@@ -193,6 +193,12 @@ def per_channel(
     text = f"Images of {many} need {number_of(channels, 'number')} for "
     found = f"{', or one' * (channels > 1)}, not {values}."
     raise BackboneError(text, Argument(argument), found, argument=argument, value=given)
+
+
+def require_interpolation(name: str) -> None:
+    """Refuse a way to resize pictures that there is not."""
+    if name not in INTERPOLATIONS:
+        raise unknown("interpolation", name, INTERPOLATIONS, argument="interpolation")
 
 
 def require_pixels(mean: Sequence[float], std: Sequence[float]) -> None:

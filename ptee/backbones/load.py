@@ -28,13 +28,13 @@ from ptee.backbones.checkpoint import Checkpoint, read_checkpoint, refusal
 from ptee.backbones.library import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    INTERPOLATIONS,
     MOST_CLASSES,
     Built,
     InputConfig,
     ModelRequest,
     checked_size,
     per_channel,
+    require_interpolation,
     require_pixels,
 )
 from ptee.backbones.matching import find_network
@@ -126,8 +126,8 @@ def load_backbone(
     file = None if weights is None else _recordable(as_path(weights, "weights"))
     require_model(model)
     label = model if isinstance(model, str) else type(model).__name__
-    if interpolation is not None and interpolation not in INTERPOLATIONS:
-        raise unknown("interpolation", interpolation, INTERPOLATIONS, argument="interpolation")
+    if interpolation is not None:
+        require_interpolation(interpolation)
     own, args = pretrained and not file, dict(model_args or {})
     request = ModelRequest(label, label, file, own, classes, size, mean, std, args, {}, interpolation=interpolation)
     if isinstance(model, nn.Module):

@@ -25,7 +25,7 @@ from ptee._common.text import number_of, shown, type_name
 from ptee._common.validation import checked, is_name
 from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
-from ptee.backbones.library import per_channel, require_pixels
+from ptee.backbones.library import per_channel, require_interpolation, require_pixels
 from ptee.backbones.load import Backbone
 from ptee.data.labels import classes_of_run
 from ptee.deploy.capture import example_images
@@ -82,6 +82,7 @@ def export(
     format: str = PT2,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    interpolation: str | None = None,
     class_names: Sequence[str] = (),
 ) -> Path:
     """Write the pieces of a model, and all that is needed to run them, into a new folder.
@@ -93,6 +94,7 @@ def export(
         mean: of the pixels, in 0..1: a number for each channel, or one. With `std`, for a module of your own: by these, pictures are
             normalised as the module takes its images. None: the model's.
         std: by which the difference is divided. [1 / 255] gives pixels of 0 to 255.
+        interpolation: by which pictures are resized, such as "bilinear". None: the model's.
         class_names: in the order of the logits. Empty: as the data of the run has them.
 
     Returns:
@@ -107,7 +109,7 @@ def export(
     if format not in FORMATS:
         raise unknown("format", format, FORMATS, argument="format")
     require_libraries(format)
-    origin = _normalised_by(model.origin, mean, std)
+    origin = _prepared_by(model.origin, mean, std, interpolation)
     names = checked_names(class_names, model.num_classes) or class_names_of(model)
     like = one_parameter(model.backbone)
     if like.device.type != "cpu":
@@ -125,18 +127,25 @@ def export(
     return target
 
 
-def _normalised_by(
-    origin: Backbone, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
+def _prepared_by(
+    origin: Backbone,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    interpolation: str | None,
 ) -> Backbone:
-    """What is written of the backbone, with a mean and std of the user."""
+    """What is written of the backbone, with what the user says of its pictures."""
+    view = origin.input
+    if interpolation is not None:
+        require_interpolation(interpolation)
+        view = replace(view, interpolation=interpolation)
     if mean is None and std is None:
-        return origin
+        return replace(origin, input=view)
     if mean is None or std is None:
         raise PteeError("mean and std go together. Give both, or none.", argument="std" if std is None else "mean")
-    channels = origin.input.input_size[0]
+    channels = view.input_size[0]
     centre, width = per_channel("mean", mean, (), channels), per_channel("std", std, (), channels)
     require_pixels(centre, width)
-    return replace(origin, input=replace(origin.input, mean=centre, std=width), pixels_known=True)
+    return replace(origin, input=replace(view, mean=centre, std=width), pixels_known=True)
 
 
 def publish(made: Path, target: Path) -> None:

@@ -119,11 +119,12 @@ def test_onnx_refuses_what_is_no_such_array_and_says_what_to_type(x, said, expor
         runner.predict(x)
 
 
-def test_a_network_of_ones_own_is_exported_with_its_mean_and_std(tmp_path, recwarn):
-    folder = ptee.export(made().cpu(), tmp_path / "out", mean=[0, 0.5, 0], std=[1 / 255])
+def test_a_network_of_ones_own_is_exported_with_how_its_pictures_are_prepared(tmp_path, recwarn):
+    folder = ptee.export(made().cpu(), tmp_path / "out", mean=[0, 0.5, 0], std=[1 / 255], interpolation="nearest")
     Image.new("RGB", (9, 9), (255, 0, 51)).save(tmp_path / "a.png")
     pixels = ptee.load_exported(folder).images([tmp_path / "a.png"])
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([255, -127.5, 51])
+    assert ptee.load_exported(folder).manifest.interpolation == "nearest"
     assert not recwarn and "not recorded" not in (folder / "README.md").read_text()
 
 
@@ -135,6 +136,7 @@ def test_a_network_of_ones_own_is_exported_with_its_mean_and_std(tmp_path, recwa
         ({"mean": 0.5, "std": 0}, "std, so it must be positive"),
         ({"mean": [120], "std": [60]}, "divide by 255"),
         ({"mean": [0.5, 0.5], "std": [1]}, "3 channels need 3 numbers for mean="),
+        ({"interpolation": "cubic"}, "'cubic'.*bicubic"),
     ],
 )
 def test_a_mean_or_std_that_no_pixels_have_is_refused(given, said, tmp_path):
