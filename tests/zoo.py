@@ -359,7 +359,8 @@ def executed_macs(module: nn.Module, image: Tensor) -> dict[str, float]:
         for name, part in module.named_modules()
     ]
     try:
-        with no_fused_attention, sdpa_kernel(SDPBackend.MATH), counter:
+        # without oneDNN a recurrent layer is run by products that the counter sees
+        with no_fused_attention, sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False), counter:
             module(image)
     finally:
         for hook in hooks:

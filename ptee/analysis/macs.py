@@ -5,7 +5,8 @@ leaves after a module has paid for everything that ran before, in whatever modul
 order, so this count notes each operator when fvcore comes to it.
 
 This count corrects fvcore in several points:
-- It counts scaled_dot_product_attention, and convolutions with padding="same".
+- It counts scaled_dot_product_attention, recurrent layers, convolutions with padding="same" and the rarer products.
+- It counts a matrix product by its output. fvcore goes by the shape of the first factor, though the second may be repeated over more.
 - It sees into nn.MultiheadAttention and nn.TransformerEncoderLayer, by switching off their fused paths.
 - It counts in eval mode, and removes fvcore's hooks when the forward pass raises.
 - It counts the scale and shift of batch norm as one multiply-accumulate. fvcore counts them as two.
@@ -14,11 +15,11 @@ This count corrects fvcore in several points:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -32,10 +33,9 @@ from ptee._common.errors import BackboneError, first_line, some
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
 from ptee.analysis.freezing import KeptBuffers, modes, set_modes
 
-# Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
-PRODUCTS = frozenset({
-    "aten::_convolution", "aten::_convolution_mode", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
-    "aten::einsum", "aten::scaled_dot_product_attention",
+# Operators that compute products inside of one call, of which only torch's own count sees how many.
+HIDING = frozenset({
+    "aten::chain_matmul", "aten::linalg_multi_dot", "aten::matrix_power", "aten::linalg_matrix_power", "aten::cov", "aten::corrcoef",
 })  # fmt: skip
 COMPILED = {"dynamo-optimized": "torch.compile", "Tried to trace": "torch.jit"}  # by torch's words when it traces such
 UNTRACED = {
@@ -123,13 +123,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
             super().__init__(module, example)
             self.operators: list[_Operator] = []
             self.hidden: list[str] = []  # names of code that is not traced
-            extra = {
-                "aten::scaled_dot_product_attention": _attention_macs,
-                "aten::baddbmm": _baddbmm_macs,
-                "aten::_convolution_mode": _convolution_macs,
-                "aten::batch_norm": _batch_norm_macs,
-            }
-            for op, handle in (self._op_handles | extra).items():
+            for op, handle in (self._op_handles | HANDLES | {"aten::batch_norm": _batch_norm_macs}).items():
                 self.set_op_handle(op, self._noting(op, handle))
 
         def _noting(self, op: str, handle: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,7 +208,8 @@ def _hidden(node: Any) -> list[str]:
         return [next(node.inputs()).node().s("name")]
     if node.kind() == "prim::PythonOp":
         return [node.pyname()]
-    return [] if node.kind().startswith(("aten::", "prim::")) else [node.kind()]
+    known = node.kind().startswith(("aten::", "prim::")) and node.kind() not in HIDING
+    return [] if known else [node.kind()]
 
 
 def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: int) -> None:
@@ -224,15 +219,29 @@ def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: 
     # torch's count sees into all but custom operators and fused attention
     with sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
         module(example)
-    if any("::" in name for name in hidden) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
+    own = {*hidden} - HIDING
+    if any("::" in name for name in own) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
+        advice = (
+            "call plain functions and modules of PyTorch, without torch.jit, autograd.Function and custom operators"
+            if own
+            else "multiply two matrices at a time, with @"
+        )
         raise BackboneError(
             f"{type(module).__name__} calls code whose multiply-accumulates cannot be counted ({some(list(dict.fromkeys(hidden)))}). "
-            "Let it call plain functions and modules of PyTorch, without torch.jit, autograd.Function and custom operators."
+            f"Let it {advice}."
         )
 
 
 def _shape(value: Any) -> list[int]:
     return list(value.type().sizes())
+
+
+def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """In eval mode it is x * scale + shift, with the statistics folded into both: one for each element."""
+    return prod(_shape(inputs[0]))
+
+
+# ---------------------------------------------------------------------------------------------------- products
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
@@ -242,19 +251,67 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return prod(batch) * length * source * (depth + value_depth)
 
 
-def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """In eval mode it is x * scale + shift, with the statistics folded into both: one for each element."""
-    return prod(_shape(inputs[0]))
-
-
 def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """A convolution with padding="same", an operator that fvcore does not know. The weight has c / groups inputs."""
     return prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:])
 
 
-def _baddbmm_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    batch, n, m = _shape(inputs[1])
-    return batch * n * m * _shape(inputs[2])[-1]
+def _tokens_convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """conv_tbc, whose weight is (k, c, o)."""
+    return prod(_shape(outputs[0])) * prod(_shape(inputs[1])[:-1])
+
+
+def _product_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """a @ b, and a vector in place of either: each number of the output is a sum over the last axis of a."""
+    return prod(_shape(outputs[0])) * _shape(inputs[0])[-1]
+
+
+def _added_product_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """c + a @ b: a (..., n, m), b (..., m, p) or (m,)."""
+    a, b = _shape(inputs[1]), _shape(inputs[2])
+    return prod(a) * (b[-1] if len(b) > 1 else 1)
+
+
+def _tensordot_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """a (n, m) and b (m, p) in any order of axes: (n m) (m p) (n p) is the square of n m p."""
+    return isqrt(prod(prod(_shape(value)) for value in (*inputs[:2], outputs[0])))
+
+
+def _bilinear_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """x (..., a) and y (..., b) with a weight (o, a, b)."""
+    return prod(_shape(inputs[0])[:-1]) * prod(_shape(inputs[2]))
+
+
+def _recurrent_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Every matrix of the layers, of both directions, once for each step of each sample."""
+    lists = [value.node() for value in inputs if value.node().kind() == "prim::ListConstruct"]
+    return prod(_shape(inputs[0])[:-1]) * _matrices(lists[-1].inputs())
+
+
+def _cell_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """One step of a recurrent layer: the weights come after the images and the state."""
+    return prod(_shape(inputs[0])[:-1]) * _matrices(inputs[2:4])
+
+
+def _matrices(values: Iterable[Any]) -> int:
+    """The numbers in those that are matrices; biases are vectors."""
+    shapes = [_shape(value) for value in values]
+    return sum(prod(shape) for shape in shapes if len(shape) == 2)
+
+
+HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    "aten::scaled_dot_product_attention": _attention_macs,
+    "aten::_convolution_mode": _convolution_macs,
+    "aten::conv_tbc": _tokens_convolution_macs,
+    **dict.fromkeys(("aten::matmul", "aten::mv", "aten::dot", "aten::vdot"), _product_macs),
+    **dict.fromkeys(("aten::addmv", "aten::addbmm", "aten::baddbmm"), _added_product_macs),
+    **dict.fromkeys(("aten::tensordot", "aten::inner"), _tensordot_macs),
+    "aten::bilinear": _bilinear_macs,
+    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent_macs),
+    **dict.fromkeys(("aten::lstm_cell", "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell"), _cell_macs),
+}
+# Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
+PRODUCTS = {"aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::einsum", *HANDLES}
 
 
 @contextmanager

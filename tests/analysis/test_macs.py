@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,7 @@ import zoo
 from cases import slow
 from torch import Tensor, nn
 
+from ptee._common.errors import BackboneError
 from ptee.analysis.macs import count
 
 NETS = {  # and the edge of their images
@@ -115,16 +117,86 @@ def test_a_layer_costs_one_multiply_accumulate_per_multiplication(layer, shape, 
     assert count(layer, torch.randn(1, *shape)).total == macs
 
 
-class Biased(nn.Module):
-    """A batch of matrix products and an addition in one operator."""
+class Call(nn.Module):
+    """A network that calls one function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(torch.zeros(1, 1, 1), x, x.mT)
+        return self.function(x)
 
 
-def test_a_batched_product_with_an_addition_costs_its_product():
-    counts = count(Biased(), torch.randn(3, 5, 7))
-    assert (counts.total, counts.products[""]) == (3 * 5 * 7 * 5, 1)
+PRODUCTS = {  # of x (3, 5, 7)
+    "a batch of products and an addition": (lambda x: torch.baddbmm(x[:, :1, :5], x, x.mT), 3 * 5 * 7 * 5),
+    "their sum and an addition": (lambda x: torch.addbmm(x[0, :1, :5], x, x.mT), 3 * 5 * 7 * 5),
+    "one matrix for all": (lambda x: x @ x[0].T, 3 * 5 * 7 * 5),
+    "one matrix in front of all": (lambda x: x[0] @ x.mT, 3 * 5 * 7 * 5),
+    "one set of queries for all heads": (lambda x: x[:1, None] @ x[None].mT, 3 * 5 * 7 * 5),
+    "tokens by a vector": (lambda x: x @ x[0, 0], 3 * 5 * 7),
+    "a vector by matrices": (lambda x: x[0, 0] @ x.mT, 3 * 7 * 5),
+    "two vectors": (lambda x: x[0, 0] @ x[1, 1], 7),
+    "their dot product": (lambda x: torch.dot(x[0, 0], x[1, 1]), 7),
+    "a matrix by a vector": (lambda x: torch.mv(x[0], x[1, 1]), 5 * 7),
+    "a matrix by a vector and an addition": (lambda x: torch.addmv(x[0, :, 0], x[0], x[1, 1]), 5 * 7),
+    "inner products": (lambda x: torch.inner(x, x[0]), 3 * 5 * 7 * 5),
+    "a sum over two axes": (lambda x: torch.tensordot(x, x[0], dims=([1, 2], [0, 1])), 3 * 5 * 7),
+    "a convolution over time": (
+        lambda x: torch.conv_tbc(x, x.new_zeros(3, 7, 2), x.new_zeros(2), 1),
+        3 * 5 * 2 * 3 * 7,
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "macs"), PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_costs_each_number_of_its_output_times_what_is_summed_for_it(function, macs):
+    counts = count(Call(function), torch.randn(3, 5, 7))
+    assert (counts.total, counts.products[""]) == (macs, 1)
+
+
+RECURRENT = {
+    "lstm": (nn.LSTM(7, 4, batch_first=True), 4 * 4 * (7 + 4)),
+    "in two layers and both directions": (
+        nn.LSTM(7, 4, num_layers=2, bidirectional=True),
+        2 * 4 * 4 * (7 + 4) + 2 * 4 * 4 * (8 + 4),
+    ),
+    "with projections": (nn.LSTM(7, 4, proj_size=2), 4 * 4 * (7 + 2) + 4 * 2),
+    "gru": (nn.GRU(7, 4), 3 * 4 * (7 + 4)),
+    "rnn": (nn.RNN(7, 4), 4 * (7 + 4)),
+    "rnn of relu": (nn.RNN(7, 4, nonlinearity="relu"), 4 * (7 + 4)),
+}
+
+
+@pytest.mark.parametrize(("layer", "each"), RECURRENT.values(), ids=RECURRENT)
+def test_a_recurrent_layer_costs_its_matrices_at_each_step(layer, each):
+    assert count(layer, torch.randn(3, 5, 7)).total == 3 * 5 * each
+
+
+@pytest.mark.parametrize(
+    ("cell", "each"),
+    [(nn.LSTMCell(7, 4), 4 * 4 * (7 + 4)), (nn.GRUCell(7, 4), 3 * 4 * (7 + 4)), (nn.RNNCell(7, 4), 4 * (7 + 4))],
+    ids=["lstm", "gru", "rnn"],
+)
+def test_a_recurrent_cell_costs_its_matrices_once(cell, each):
+    assert count(cell, torch.randn(3, 7)).total == 3 * each
+
+
+class Square(nn.Bilinear):
+    """x A x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x)
+
+
+def test_a_bilinear_layer_costs_its_weight_for_each_position():
+    assert count(Square(7, 7, 2), torch.randn(3, 5, 7)).total == 3 * 5 * 7 * 7 * 2
+
+
+def test_products_that_one_operator_hides_are_refused_by_its_name():
+    chained = Call(lambda x: torch.linalg.multi_dot([x[0], x[0].T, x[0]]))
+    with pytest.raises(BackboneError, match=r"linalg_multi_dot.*two matrices at a time"):
+        count(chained, torch.randn(3, 5, 7))
 
 
 class Awkward(nn.Module):
