@@ -53,6 +53,34 @@ def or_dash(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else format(value, form) + unit
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share in per cent. Only none and all are 0 and 100 %; what would be rounded to them is said to be less, or more.
+
+    >>> percent(0.25), percent(0.9996), percent(0.9996, 2), percent(0.001, 0), percent(1)
+    ('25.0%', '>99.9%', '99.96%', '<1%', '100.0%')
+    """
+    share, least = (
+        round(share, 9) + 0.0,
+        10 ** -(digits + 2),
+    )  # differences are none but for rounding; + 0.0 takes a minus off
+    text = f"{share:.{digits}%}"
+    if 0 < share < 1 and float(text[:-1]) in (0, 100):
+        return f"<{least:.{digits}%}" if share < least else f">{1 - least:.{digits}%}"
+    return text
+
+
+def beside(value: float, limit: float, digits: int = 4) -> str:
+    """A number with so many digits that it is seen on which side of a limit it is.
+
+    >>> beside(0.49, 0.5), beside(0.50002, 0.5)
+    ('0.4900', '0.50002')
+    """
+    value = round(value, 9)  # as near as this it is the limit
+    text = f"{value:.{digits}f}"
+    hides = (float(text) > limit) != (value > limit)
+    return beside(value, limit, digits + 1) if hides and digits < 16 else text
+
+
 def threshold_words(threshold: Sequence[float], off: Sequence[int] = ()) -> list[str]:
     """T of each exit for a person to read. off: no image leaves there, and its head does not run; never: no image does, but it runs."""
     return ["off" if n in off else "never" if t > 1 else f"{t:.4g}" for n, t in enumerate(threshold)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ptee._common.text import percent
 from ptee.production.curve import ROUNDING
 
 LITTLE = 0.05  # of the cost; who saves less hardly saves anything
@@ -62,10 +63,10 @@ def bottom_line(
         return f"{best.name} {as_good} and {costs}: {best.words}."
     if speedup is not None and speedup < SLOWER:
         return (
-            f"The cost is {1 - own.cost:.1%} lower, but the measured time is {1 / speedup:.2f} times the bare backbone's {where}, so "
+            f"The cost is {percent(1 - own.cost)} lower, but the measured time is {1 / speedup:.2f} times the bare backbone's {where}, so "
             "early exit does not pay here. ptee bench times other batch sizes."
         )
     if own.cost > 1 - LITTLE:
-        saved = f"{1 - own.cost:.1%}".replace("0.0%", "less than 0.1%")
+        saved = percent(1 - own.cost)
         return f"Early exit hardly pays: it saves {saved} of the cost. Allow a larger loss, train longer, or take a smaller network."
     return ""

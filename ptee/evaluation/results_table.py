@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import describe_thresholds, number_of, or_dash, table
+from ptee._common.text import describe_thresholds, number_of, or_dash, percent, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.traces import Score
@@ -230,12 +230,12 @@ def _at_exits(results: Results) -> str:
     lines = [("when it runs", "T", "leave here", "of these right", "AUROC", "ECE")]
     for n, row in enumerate(results.exits):
         off = n in results.off
-        leave = "-" if off else f"{results.leaving[n]:.1%}"
+        leave = "-" if off else percent(results.leaving[n])
         t = describe_thresholds(results.threshold[n : n + 1], [0] if off else [])
         quality = or_dash(row.failure_auroc, ".3f"), or_dash(row.calibration_error, ".3f")
         lines.append((_exit(results, n), t, leave, or_dash(row.right, ".4f"), *quality))
     right = or_dash((results.blended_end or results.rows[0]).right, ".4f")
-    lines.append(("end of the backbone", "", f"{results.leaving[-1]:.1%}", right, "", ""))
+    lines.append(("end of the backbone", "", percent(results.leaving[-1]), right, "", ""))
     return table(lines, left={0})
 
 
@@ -263,7 +263,7 @@ def _collapsed(results: Results) -> str:
     if share <= COLLAPSED:
         return ""
     chosen = "Choose T for a smaller loss." if results.threshold[n] <= 0 else "Raise T, or choose T for a smaller loss."
-    return f"{share:.0%} of the images leave at {_exit(results, n)}: this is a shorter network, not an adaptive one. {chosen}"
+    return f"{percent(share, 0)} of the images leave at {_exit(results, n)}: this is a shorter network, not an adaptive one. {chosen}"
 
 
 def _differs(results: Results) -> str:
@@ -273,7 +273,7 @@ def _differs(results: Results) -> str:
     if 1 - own.fidelity <= MANY_DIFFER or better:
         return ""
     accuracy = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
-    return f"{1 - own.fidelity:.1%} of the answers differ from the backbone's{accuracy}. Raise T, choose T for a smaller loss, or train longer."
+    return f"{percent(1 - own.fidelity)} of the answers differ from the backbone's{accuracy}. Raise T, choose T for a smaller loss, or train longer."
 
 
 def _bottom_line(results: Results) -> str:

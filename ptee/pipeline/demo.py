@@ -23,7 +23,7 @@ from ptee._common.devices import made_on_cpu, threads
 from ptee._common.errors import Argument, BackboneError, DataError, first_line
 from ptee._common.process import no_stdout, own_random_numbers
 from ptee._common.progress import Log, with_bar
-from ptee._common.text import quoted
+from ptee._common.text import percent, quoted
 from ptee._common.writing import replace_file, require_writable
 from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import weights_hash
@@ -69,8 +69,8 @@ def what_happened(results: Mapping[str, Any]) -> str:
     """The demo's results, JSON-able, in plain words, and what to type next."""
     backbone, own = results["rows"][0], results["rows"][-1]
     *early, end = results["leaving"]
-    places = [f"{share:.0%} left at exit {n}" for n, share in enumerate(early) if share > 0]
-    places.append(f"{end:.0%} went through the whole network")
+    places = [f"{percent(share, 0)} left at exit {n}" for n, share in enumerate(early) if share > 0]
+    places.append(f"{percent(end, 0)} went through the whole network")
     fast = f" and is {own['speedup']:.2g} times as fast on this {results['device']}" if own["speedup"] else ""
     return (
         f"What happened: of {results['samples']:,} images that neither the network nor its exits had seen, "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, or_dash, table
+from ptee._common.text import number_of, or_dash, percent, table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
@@ -73,10 +73,10 @@ class ExportedResults:
             ("backbone", or_dash(self.backbone_accuracy, ".4f"), "1.0000", "1.0000"),
             ("early exit", or_dash(self.accuracy, ".4f"), f"{self.fidelity:.4f}", f"{self.cost:.4f}"),
         ]
-        leaving = ", ".join(f"exit {n} {share:.1%}" for n, share in enumerate(self.leaving[:-1]))
+        leaving = ", ".join(f"exit {n} {percent(share)}" for n, share in enumerate(self.leaving[:-1]))
         return (
             f"{self.backbone}, exported, {number_of(self.samples, 'image')}; cost in multiply-accumulates\n\n{table(rows, left={0})}\n\n"
-            f"Leaving at {leaving}; at the end {self.leaving[-1]:.1%}." + IN_INT8 * self.int8
+            f"Leaving at {leaving}; at the end {percent(self.leaving[-1])}." + IN_INT8 * self.int8
         )
 
 

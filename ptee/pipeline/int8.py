@@ -23,7 +23,7 @@ from torch import Tensor
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import DataError, PteeError, first_line
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
-from ptee._common.text import number_of, or_dash, table
+from ptee._common.text import number_of, or_dash, percent, table
 from ptee._common.writing import free_place
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.pictures import all_broken_named
@@ -70,7 +70,7 @@ class Exported:
         )
         rows = [title]
         for m in self.int8.measured:
-            leaving = ", ".join(f"{share:.1%}" for share in self.leaving[m.numbers])
+            leaving = ", ".join(percent(share) for share in self.leaving[m.numbers])
             accuracy = or_dash(m.accuracy, ".4f")
             times = [f"{t:.2f}" for t in m.times] + ["-"] * (len(TIMED) - len(m.times))  # too few images for a batch
             rows.append(

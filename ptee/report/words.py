@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ptee import __version__
-from ptee._common.text import describe_thresholds, number_of, printable, quoted, threshold_words
+from ptee._common.text import beside, describe_thresholds, number_of, percent, printable, quoted, threshold_words
 from ptee.evaluation.results import confidence_quality, doubted
 from ptee.exits.blend import OWN
 from ptee.exits.times import BatchTimes
@@ -56,14 +56,14 @@ def numbers(of: Reported) -> list[Number]:
         found.append(
             Number("accuracy", f"{own.accuracy:.4f}", f"{bare:.4f} without exits: {_lost(bare - own.accuracy)}")
         )
-    found.append(Number("fidelity", f"{own.fidelity:.1%}", "of the answers are the backbone's"))
+    found.append(Number("fidelity", percent(own.fidelity), "of the answers are the backbone's"))
     early = 1 - own.right[-1] - own.wrong[-1]
-    found.append(Number("leave early", f"{early:.1%}", "of the images"))
+    found.append(Number("leave early", percent(early), "of the images"))
     return found
 
 
 def _less(cost: float) -> str:
-    return f"{1 - cost:.0%} saved" if cost < 1 else f"{cost - 1:.0%} more"
+    return f"{percent(1 - cost, 0)} saved" if cost < 1 else f"{percent(cost - 1, 0)} more"
 
 
 def _lost(drop: float) -> str:
@@ -86,10 +86,10 @@ def what_it_gives(of: Reported) -> Iterator[str]:
         return
     n = of.traces.answers.shape[1] if of.traces is not None else of.results.get("samples", 0)
     *early, end = (a + b for a, b in zip(own.right, own.wrong, strict=True))
-    left = [f"{share:.1%} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
+    left = [f"{percent(share)} leave at exit {k}" for k, share in enumerate(early) if k not in of.model.off]
     seen = "" if of.traces is None else known_images(of.model, of.traces.marks)
     which = "" if seen else " that the exits had not seen"
-    yield f"Of {number_of(n, 'image')}{which}, {', '.join([*left, f'{end:.1%} go through the whole network'])}."
+    yield f"Of {number_of(n, 'image')}{which}, {', '.join([*left, f'{percent(end)} go through the whole network'])}."
     if (target := of.target) is not None:
         yield _kept(of, own, target, n)
     if of.traces is None:
@@ -137,7 +137,8 @@ def _kept(of: Reported, own: facts.Step, target: Mapping[str, Any], n: int) -> s
     kept = "kept" if found <= target["limit"] + ROUNDING else "missed"
     some_leave = own.right[-1] + own.wrong[-1] < 1 - ROUNDING and target["kind"] != "max_cost"
     interval = f" {interval_words(own.fidelity, n)}" * some_leave
-    return f"{words}. On these images {abs(found):.4f} was {'gained' if found < 0 else done}{interval}: {kept}."
+    told = beside(found, target["limit"]).removeprefix("-")
+    return f"{words}. On these images {told} was {'gained' if found < 0 else done}{interval}: {kept}."
 
 
 def recorded_verdict(of: Reported) -> Iterator[str]:
@@ -182,7 +183,7 @@ def exits_table(of: Reported) -> Rows:
     ]
     thresholds = threshold_words(of.model.threshold, plan.off)
     for n, (e, t) in enumerate(zip(plan.exits, thresholds, strict=True)):
-        leave = "-" if own is None or n in plan.off else f"{own.right[n] + own.wrong[n]:.1%}"
+        leave = "-" if own is None or n in plan.off else percent(own.right[n] + own.wrong[n])
         time = [f"{times[n]:.1%}"] if times else []
         rows.append((str(n), e.name, e.head, f"{e.backbone_cost:.1%}", *time, f"{e.head_cost:.1%}", t, leave))
     return rows

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ptee._common.text import or_dash, table
+from ptee._common.text import or_dash, percent, table
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import COLLAPSED
 from ptee.training.config import ALONE, TrainingConfig
@@ -127,6 +127,6 @@ def collapse_of(history: History, model: EarlyExitModel, config: TrainingConfig)
     elif early and not config.cost_weight:
         del advice[0]  # it cannot be lower
     return (
-        f"Training collapsed: {share:.0%} of the {images} images leave at {where} at threshold {model.threshold[0]:g}. "
+        f"Training collapsed: {percent(share, 0)} of the {images} images leave at {where} at threshold {model.threshold[0]:g}. "
         f"{', '.join(advice).capitalize()}, or set other thresholds."
     )

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import as_shares, describe_thresholds, number_of
+from ptee._common.text import as_shares, beside, describe_thresholds, number_of
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
 
 DEFAULT_LOSS = 0.01
@@ -273,6 +273,7 @@ class Promise:
         return f"Without the guarantee, on average: {what} {self.price:.4f} at T = {thresholds}. The guarantee costs {costs}."
 
 
-def below(drop: float) -> str:
-    """A drop in words, before "the backbone's"."""
-    return f"{-drop:.4f} above" if round(drop, 4) < 0 else f"{abs(drop):.4f} below"
+def below(drop: float, limit: float | None = None) -> str:
+    """A drop in words, before "the backbone's"; it is seen whether it is within the limit."""
+    text = f"{drop:.4f}" if limit is None else beside(drop, limit)
+    return f"{text.removeprefix('-')} {'above' if float(text) < 0 else 'below'}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, warn
 from ptee._common.progress import Log
-from ptee._common.text import number_of
+from ptee._common.text import beside, number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.data.batches import TRAINED_ON, sample_of_marks, share_known_again
 from ptee.data.labels import FEWEST, much_less_right
@@ -285,11 +285,11 @@ def _outcome(target: Target, results: Mapping[str, Any], *, blended: bool, on_ot
         interval = "(no image left early)"
     missed = is_missed(target, results)
     if target.kind == "max_cost":
-        words = f"{own['cost']:.4f}{on_others * bool(missed)}"
+        words = f"{beside(own['cost'], target.limit)}{on_others * bool(missed)}"
     elif target.kind == "max_fidelity_drop" or own["accuracy"] is None:
-        words = f"{1 - own['fidelity']:.4f} of the answers differ {interval}"
+        words = f"{beside(1 - own['fidelity'], target.limit)} of the answers differ {interval}"
     else:
-        words = f"{below(backbone['accuracy'] - own['accuracy'])} {interval}"
+        words = f"{below(backbone['accuracy'] - own['accuracy'], target.limit)} {interval}"
     images = number_of(n, "report image")
     outcome = f"{'Missed' if missed else 'Kept'} on {images}"
     if missed is None:

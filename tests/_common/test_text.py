@@ -1,7 +1,29 @@
 from __future__ import annotations
 
-from ptee._common.text import shown
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptee._common.text import beside, percent, shown
 
 
 def test_a_number_that_python_does_not_write_is_described():
     assert shown(16**5000) == "a number of thousands of digits"
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "text"),
+    [
+        (0, 1, "0.0%"), (1, 1, "100.0%"), (0.25, 1, "25.0%"), (0.9996, 1, ">99.9%"), (0.9996, 0, ">99%"), (0.0004, 1, "<0.1%"),
+        (0.996, 0, ">99%"), (1 - 1e-17, 1, "100.0%"), (-1e-17, 1, "0.0%"), (1.004, 0, "100%"),
+    ],
+)  # fmt: skip
+def test_only_none_and_all_are_0_and_100_per_cent(share, digits, text):
+    assert percent(share, digits) == text
+
+
+@given(value=st.floats(-1, 2), limit=st.sampled_from([0.0, 0.01, 0.5, 1.0, -0.02, 0.123456]))
+def test_a_number_beside_its_limit_is_seen_to_be_within_or_beyond_it(value, limit):
+    told = float(beside(value, limit))
+    assert (told > limit) == (round(value, 9) > limit)
+    assert abs(told - value) <= 0.5001e-4

@@ -139,7 +139,7 @@ WRONG = {
         {"cost": 1.0004},
         ["does not pay: it costs as much as the bare backbone, because leaving"],
     ),
-    "cheaper within rounding": ({"cost": 0.9996}, ["hardly pays: it saves less than 0.1% of the cost"]),
+    "cheaper within rounding": ({"cost": 0.9996}, ["hardly pays: it saves <0.1% of the cost"]),
     "slower than the backbone": (
         {"speedup": 0.8},
         [r"30\.0% lower, but the measured time is 1\.25 times.*on cpu in batches of 10"],

@@ -123,6 +123,12 @@ def test_a_target_is_missed_or_kept_on_the_images_that_are_reported_on():
     assert "Kept on 1 report image: 0.5000" in outcome(0.95, 1, "max_cost", limit=0.6)
 
 
+def test_what_misses_a_target_by_less_than_the_digits_shown_gets_more_digits():
+    assert "Missed on 90,000 report images: 0.01002 of" in outcome(1 - 0.01002, 90_000, limit=0.01)
+    assert "Missed on 90,000 report images: 0.01002 below" in outcome(0.9, 90_000, "max_drop", 0.88998, limit=0.01)
+    assert "Missed on 90,000 report images: 0.5000 (" in outcome(0.9, 90_000, "max_cost", limit=0.49999)
+
+
 def test_without_labels_it_is_not_known_whether_a_drop_of_accuracy_was_kept():
     words = "Not known for 1,000 report images, which have no labels: 0.0500 of the answers differ"
     assert words in outcome(0.95, 1000, "max_drop", accuracy=None)
