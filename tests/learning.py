@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import ptee
+from ptee._common import errors
 from ptee.data.batches import SAMPLED_MARKS
 from ptee.training.history import History
 from ptee.training.training_data import SAMPLES
@@ -65,12 +66,15 @@ def data() -> TensorDataset:
 
 
 def fit(model: ptee.EarlyExitModel, train_data: Any = None, *more: Any, **settings: Any) -> History:
-    """A short joint training in float32, without augmentation, cache and the warning of a collapse."""
+    """A short joint training in float32, without augmentation, cache and the warning of a collapse; after Ctrl-C the epochs until then."""
     plain = {"loss": "joint", "epochs": 3, "batch_size": 16, "lr": 1e-2, "views": 1, "shift": 0, "cache": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         settings = plain | {"precision": "no", "device": here()} | settings
-        return ptee.train(model, data() if train_data is None else train_data, *more, **settings)
+        try:
+            return ptee.train(model, data() if train_data is None else train_data, *more, **settings)
+        except errors.Interrupted as why:
+            return why.history
 
 
 def heads(model: ptee.EarlyExitModel) -> dict[str, Tensor]:

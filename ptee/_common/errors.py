@@ -137,8 +137,16 @@ def ended_worker(error: BaseException, *more: str | Argument) -> DataError | Non
     return DataError(text, Argument("num_workers", "0"), ").", *more)
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The user ended a run. The message says what was saved until then."""
+class Interrupted(KeyboardInterrupt):
+    """The user ended a run. The message says what was saved until then.
+
+    Attributes:
+        history: of `ptee.train`, the epochs that are complete; else None.
+    """
+
+    def __init__(self, message: str, history: Any = None) -> None:
+        super().__init__(message)
+        self.history = history
 
 
 def unknown(

@@ -107,7 +107,7 @@ def augment(**o: Any) -> None:
         if not is_random and len(model.off) < len(model.exits):
             click.echo(another_threshold(model, folder))
     except KeyboardInterrupt as why:
-        raise Interrupted(f"Interrupted: the run in {folder} is complete.") from why
+        raise Interrupted(f"The run in {folder} is complete.") from why
 
 
 @command(short_help="Show where exits would stand and what they cost.")

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         status = cli.main(words, prog_name="ptee", standalone_mode=False) or 0
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as why:
-        status = _failed(why.__cause__ if isinstance(why, _BrokenPipe) and why.__cause__ else why, words)
+        status = _failed(why.__cause__ if isinstance(why, _NotForClick) and why.__cause__ else why, words)
     sys.exit(status)
 
 
@@ -76,8 +76,11 @@ def _full_output() -> OSError | None:
 def _failed(error: BaseException, words: list[str]) -> int:
     """Print an error in one line. Gives the exit status."""
     error = ended_worker(error) or error
-    if isinstance(error, KeyboardInterrupt | click.Abort | Interrupted):
-        message, status = str(error) if isinstance(error, Interrupted) else _interrupted(words), 130
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        message, status = _interrupted(words), 130
+        if isinstance(error, Interrupted):
+            said = str(error)
+            message = f"Interrupted: {said[:1].lower()}{said[1:]}"
     elif isinstance(error, PteeError):
         message, status = _worded(error, words), 2
     elif isinstance(error, click.NoSuchOption) and (advice := _as_setting(error)):
@@ -194,16 +197,16 @@ def _bare_model(error: click.UsageError) -> str:
     return extra[1] if extra and lacks_model and not Path(extra[1]).exists() else ""
 
 
-class _BrokenPipe(Exception):  # noqa: N818 - the error is its cause
-    """On a BrokenPipeError click would end the program without a word."""
+class _NotForClick(Exception):  # noqa: N818 - the error is its cause
+    """click would end the program without a word on a BrokenPipeError, and without what was kept on `Interrupted`."""
 
 
 @contextmanager
-def _broken_pipes_told() -> Iterator[None]:
+def _past_click() -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError as why:
-        raise _BrokenPipe from why
+    except (BrokenPipeError, Interrupted) as why:
+        raise _NotForClick from why
 
 
 class _InOrder(click.Group):
@@ -211,12 +214,12 @@ class _InOrder(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Called by click. Prints the help."""
-        with _broken_pipes_told():
+        with _past_click():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Called by click. Runs the command."""
-        with _broken_pipes_told():
+        with _past_click():
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

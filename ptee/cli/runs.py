@@ -255,7 +255,7 @@ def export(run: str, **o: Any) -> None:
     except KeyboardInterrupt as why:
         if is_free(o["out"]):
             raise
-        raise Interrupted(f"Interrupted: what is in {o['out']} is complete.") from why
+        raise Interrupted(f"What is in {o['out']} is complete.") from why
 
 
 def _export(run: str, o: dict[str, Any]) -> None:

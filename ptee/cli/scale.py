@@ -60,7 +60,7 @@ def _goes_on(overwrite: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt as why:
         anew = " without --overwrite" * overwrite  # which would begin again
-        raise Interrupted(f"Interrupted: whole parts are kept. The same command{anew} goes on.") from why
+        raise Interrupted(f"Whole parts are kept. The same command{anew} goes on.") from why
 
 
 class Logits(click.ParamType):

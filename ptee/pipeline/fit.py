@@ -146,7 +146,7 @@ def fit(
 
     Raises:
         PteeError: naming the argument or setting that is not possible, and what is.
-        Interrupted: on Ctrl-C, with a sentence about what was kept.
+        Interrupted: on Ctrl-C (a KeyboardInterrupt), with a sentence about what was kept.
     """
     require_launch(device)
     require_no_exits(model)
@@ -237,8 +237,8 @@ def _fit(
         doubts = _measure(model, report, outcome, recipe, job, without_images(data, model.num_classes))
         _save(model, history, recipe, job, times)
     except KeyboardInterrupt as why:
-        words = f"the run in {job.out} is complete but for its results. {job.again}".rstrip()
-        raise Interrupted(f"Interrupted: {NOTHING_KEPT if job.out is None else words}") from why
+        words = f"The run in {job.out} is complete but for its results. {job.again}".rstrip()
+        raise Interrupted(NOTHING_KEPT if job.out is None else words) from why
     if job.out is not None:
         forget_training(job.out)
         job.log(f"\nSaved in {job.out}")

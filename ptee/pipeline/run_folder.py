@@ -26,7 +26,7 @@ from ptee.pipeline.recipe import RECIPE_FILE
 from ptee.pipeline.recorded import OUT, PLACED_BY, UNREADABLE, is_interrupted, new_folder
 from ptee.timing.settings import FILE as TIMES_FILE
 
-NOTHING_KEPT = "nothing was kept, because no folder was given for the run."
+NOTHING_KEPT = "Nothing was kept, because no folder was given for the run."
 
 
 @contextmanager
@@ -101,13 +101,13 @@ def interrupted(out: Path | None, complete: int, *, resume: bool, overwrite: boo
         again: what to type, in a sentence.
     """
     if out is None:
-        return Interrupted(f"Interrupted: {NOTHING_KEPT}")
+        return Interrupted(NOTHING_KEPT)
     if not (complete or resume):
         as_it_was = f" What was in {out} is as it was." if overwrite else ""
-        return Interrupted(f"Interrupted: no epoch of the exits was complete, so nothing was kept.{as_it_was}")
+        return Interrupted(f"No epoch of the exits was complete, so nothing was kept.{as_it_was}")
     kept = f"{complete} complete epochs are" if complete > 1 else "1 complete epoch is"
-    kept = kept if complete else "what was trained before is"
-    return Interrupted(f"Interrupted: {kept} kept in {out}. {again}".strip())
+    kept = kept if complete else "What was trained before is"
+    return Interrupted(f"{kept} kept in {out}. {again}".strip())
 
 
 def forget_training(out: Path) -> None:

@@ -217,7 +217,7 @@ def tune_run(
             log(f"\n{about_speed(model)}")
         results = evaluate(model, report, about=f"{opened.words} {words}", speed=speed, **how)
     except KeyboardInterrupt as why:
-        raise Interrupted(f"Interrupted: {folder} is as it was, with the thresholds that it had.") from why
+        raise Interrupted(f"The run in {folder} is as it was, with the thresholds that it had.") from why
     outcome, missed = describe_outcome(found, results.to_dict())
     results = replace(results, outcome=outcome, loses_too_much=missed and target.kind != "max_cost")
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)

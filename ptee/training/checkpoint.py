@@ -24,7 +24,7 @@ from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import recorded_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
-from ptee.training.config import TOGETHER, TrainingConfig, of_another_training, other_settings
+from ptee.training.config import JOINT, TOGETHER, TrainingConfig, of_another_training, other_settings
 from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
@@ -64,7 +64,8 @@ def describe_training(
         "exits": [e.name for e in model.exits],
         "head": model.plan.head,
         "classes": model.num_classes,
-        "backbone": recorded_hash(model.backbone, model.plan.input_size),
+        # one that learns has other weights after Ctrl-C than it began with, and a checkpoint holds them all
+        "backbone": None if config.backbone == JOINT else recorded_hash(model.backbone, model.plan.input_size),
         "input": plain(model.origin.input),
         "front": {"weights": weights_hash(front.network)[:16], "input": plain(front.origin.input)}
         if isinstance(front, FrontHead)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ptee._common.text import or_dash, percent, table
+from ptee._common.errors import Interrupted
+from ptee._common.text import number_of, or_dash, percent, table
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import COLLAPSED
 from ptee.training.config import ALONE, TrainingConfig
@@ -81,6 +83,15 @@ class History:
     def has_stalled(self, patience: int | None) -> bool:
         """Whether the loss has not fallen for so many epochs; None for no limit."""
         return patience is not None and bool(self.epochs) and len(self.epochs) - self.best.number >= patience
+
+    def interruption(self, checkpoint: Path | None) -> Interrupted:
+        """What Ctrl-C left, to be raised."""
+        words = f"The weights are those after {number_of(len(self.epochs), 'complete epoch')}."
+        if not self.epochs:
+            words = "No epoch was complete, and the weights are as they were."
+        elif checkpoint is not None:
+            words += " Go on with resume=True."
+        return Interrupted(words, self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""

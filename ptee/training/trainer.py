@@ -68,7 +68,7 @@ def train(
     With `backbone="joint"` the backbone learns with them: it is in training mode meanwhile, those of its parameters learn that
     had gradients before `augment`, and from then on the model saves its weights, too.
 
-    After Ctrl-C, or if the loss is no longer finite, the weights are those of the last complete epoch. The same seed, data and settings give the same heads, bit for
+    After an error, such as a loss that is no longer finite, or Ctrl-C, the weights are those of the last complete epoch. The same seed, data and settings give the same heads, bit for
     bit, on the same machine. On a GPU cuDNN is deterministic meanwhile, and searches no faster algorithms.
 
     Args:
@@ -88,6 +88,7 @@ def train(
     Raises:
         PteeError: naming the argument, the label or the device that cannot be used; if exits are off, or the model is calibrated.
         RunError: if the checkpoint is damaged or belongs to another training.
+        Interrupted: on Ctrl-C (a KeyboardInterrupt); its `history` has the complete epochs.
     """
     require_launch(device)
     require_early_exit(model)
@@ -97,7 +98,7 @@ def train(
         text = f"The config must be a TrainingConfig, not a {type(config).__name__}. Give settings by name instead, such as "
         raise PteeError(text, Argument("epochs", "20"), ".", argument="config", value=config)
     path = None if checkpoint is None else as_path(checkpoint, "checkpoint")
-    return run_training(
+    history = run_training(
         model,
         train_data,
         val_data,
@@ -110,6 +111,9 @@ def train(
         on_epoch=on_epoch,
         on_cache=on_cache,
     )
+    if history.interrupted:
+        raise history.interruption(path)
+    return history
 
 
 def run_training(
@@ -126,7 +130,7 @@ def run_training(
     on_epoch: Callable[[Epoch], None] | None,
     on_cache: Callable[[Estimate | NotCached], None] | None,
 ) -> History:
-    """`train` with arguments that were looked at. `beside`: texts of files that each checkpoint is written with, by name."""
+    """`train` with arguments that were looked at, which returns after Ctrl-C. `beside`: texts of files that each checkpoint is written with, by name."""
     _drop_what_was_fitted(model)
     for name, data in (("train_data", train_data), ("val_data", val_data)):  # refuse what cannot be made into batches
         if data is not None or name == "train_data":
@@ -230,9 +234,7 @@ class _Training:
         self.history = History(config=config.model_dump())
         self.best: dict[str, Tensor] = {}
         norms = nn.modules.batchnorm._BatchNorm
-        self.min_rows = (
-            2 if any(isinstance(m, norms) for m in self.learners.modules()) else 1
-        )  # one row has no variance
+        self.min_rows = 2 if any(isinstance(m, norms) for m in self.learners.modules()) else 1  # one has no variance
 
     def _begin(self, stage: int) -> None:
         """Make the step and the optimizer of what learns: one by one, of the head of this number."""

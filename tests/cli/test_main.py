@@ -186,7 +186,7 @@ BEGINS_AGAIN = "Interrupted: what was measured is lost, and no file was changed.
     [
         (KeyboardInterrupt, BEGINS_AGAIN),
         (click.Abort, BEGINS_AGAIN),
-        (Interrupted("Interrupted: so."), "Interrupted: so."),
+        (Interrupted("So it is."), "Interrupted: so it is."),
     ],
     ids=repr,
 )

@@ -128,7 +128,7 @@ def test_interrupted_it_says_that_the_run_is_as_it_was(run, finished, monkeypatc
     before = files(finished)
     monkeypatch.setattr(saved_run, "evaluate", press_ctrl_c)
     done = run("tune", finished, "--max-cost", 0.9, "--no-speed")
-    said = f"Interrupted: {finished} is as it was, with the thresholds that it had.\n"
+    said = f"Interrupted: the run in {finished} is as it was, with the thresholds that it had.\n"
     assert (done.status, done.err, files(finished)) == (130, said, before)
 
 

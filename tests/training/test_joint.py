@@ -221,6 +221,15 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(tmp_path, s
     assert same(weights(whole), weights(fresh))
 
 
+def test_it_goes_on_with_the_backbone_that_learned_until_then(tmp_path):
+    whole, resumed, file = made(), made(), tmp_path / "checkpoint"
+    fit(whole, **JOINT, epochs=4)
+    fit(resumed, Interrupted(100), checkpoint=file, **JOINT, epochs=4)
+    assert not same(weights(resumed), weights(made()))
+    fit(resumed, checkpoint=file, resume=True, **JOINT, epochs=4)
+    assert same(weights(whole), weights(resumed))
+
+
 def test_after_a_stop_the_weights_of_heads_and_backbone_are_those_of_the_best_epoch():
     stopped, short = made(), made()
     history = stopping(stopped, **JOINT)

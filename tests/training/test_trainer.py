@@ -29,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ptee
+from ptee._common import errors
 from ptee._common.errors import DataError, DeviceError, PteeError, UnknownName
 from ptee.backbones.weights import weights_hash
 from ptee.training import trainer as training
@@ -555,6 +556,22 @@ def test_ctrl_c_keeps_the_heads_of_the_last_complete_epoch(head):
     assert not model.training
 
 
+@pytest.mark.parametrize(
+    ("items", "kept", "said"),
+    [
+        (20, False, "No epoch was complete, and the weights are as they were."),
+        (N + 20, False, "The weights are those after 1 complete epoch."),
+        (2 * N + 20, True, "The weights are those after 2 complete epochs. Go on with resume=True."),
+    ],
+)
+def test_ctrl_c_ends_the_cell_and_says_which_epochs_are_complete(items, kept, said, tmp_path):
+    checkpoint = {"checkpoint": tmp_path / "checkpoint.safetensors"} if kept else {}
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        ptee.train(made(), Interrupted(items), epochs=3, batch_size=16, views=1, shift=0, cache=False, **checkpoint)
+    assert isinstance(stopped.value, errors.Interrupted) and str(stopped.value) == said
+    assert len(stopped.value.history.epochs) == items // N
+
+
 @pytest.mark.parametrize(("place", "complete"), [("deepcopy", 1), ("_save", 2), ("on_epoch", 2)])
 def test_ctrl_c_between_two_epochs_ends_the_training_as_within_one(place, complete, monkeypatch):
     model, want, calls, callback = made(), made(), itertools.count(), {}
@@ -574,10 +591,7 @@ def test_ctrl_c_between_two_epochs_ends_the_training_as_within_one(place, comple
         monkeypatch.setattr(training._Training, "_save", second_call(training._Training._save))
     else:
         callback = {"on_epoch": second_call(lambda epoch: None)}
-    try:
-        history = fit(model, epochs=3, **callback)
-    except KeyboardInterrupt:  # which would end the tests
-        pytest.fail("It escaped.")
+    history = fit(model, epochs=3, **callback)
     monkeypatch.undo()
     assert history.interrupted
     assert len(history.epochs) == complete
