@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
 from typing import Any
@@ -214,7 +214,7 @@ class _Leaf:
     carries_rows: bool  # whether its first axis starts with the rows of the batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Output:
     """The output of one call of a module."""
 
@@ -223,25 +223,36 @@ class _Output:
     time: int
     leaves: dict[int, _Leaf]  # its tensors, counted through nested tuples, lists and dicts
 
-    @property
+    @cached_property  # each is asked for at every module that ends later
     def dependent(self) -> dict[int, _Leaf]:
         """The leaves that depend on the images."""
         return {i: leaf for i, leaf in self.leaves.items() if leaf.value is not None}
 
-    @property
+    @cached_property
     def values(self) -> set[_Value]:
         """The values of the leaves that depend on the images."""
         return {leaf.value for leaf in self.leaves.values() if leaf.value is not None}
 
-    @property
+    @cached_property
     def repeated(self) -> tuple[int, ...]:
         """The leaves that do not depend on the images but have as many rows: positions, masks."""
         return tuple(i for i, leaf in self.leaves.items() if leaf.value is None and leaf.shape[:1] == (SURVEY_ROWS,))
 
-    @property
+    @cached_property
+    def carries_rows(self) -> bool:
+        """Whether all leaves that depend on the images carry the rows of the batch."""
+        return all(leaf.carries_rows for leaf in self.dependent.values())
+
+    @cached_property
     def overwritten(self) -> bool:
         """Whether something later writes into its memory."""
         return any(value.last_write > self.time for value in self.values)
+
+    @cached_property
+    def as_step(self) -> tuple[Step, Step]:
+        """It as a step whose values the rest of the pass does not read, and as one whose values it reads."""
+        unread = Step(self.name, tuple(self.dependent), False, self.overwritten, self.repeated)
+        return unread, replace(unread, needed=True)
 
     @property
     def shared_and_overwritten(self) -> bool:
@@ -356,22 +367,21 @@ class _Recorder(TorchDispatchMode):
         """
         ended = self._outputs[: self._outputs.index(output) + 1]
         ended = [o for o in ended if o.dependent and o.outer_calls == output.outer_calls[: len(o.outer_calls)]]
-        if not all(leaf.carries_rows for o in ended for leaf in o.dependent.values()):
+        if not all(o.carries_rows for o in ended):
             return ()
         around = {value for value in self._values_around(output) if value.made_at}  # all but the images
         read = around | output.values
         # A value that no call returned was computed between the calls, from any of their outputs. Then all are needed.
         all_needed = not read <= set().union(*(o.values for o in ended))
-        return tuple(
-            Step(o.name, tuple(o.dependent), all_needed or bool(o.values & read), o.overwritten, o.repeated)
-            for o in ended
-        )
+        return tuple(o.as_step[all_needed or not o.values.isdisjoint(read)] for o in ended)
 
     def is_cell(self, output: _Output) -> bool:
         """Whether only the outputs of its siblings pass around it."""
+        if not (around := self._values_around(output)):
+            return True
         parent = output.name.rpartition(".")[0]
         siblings = [o.values for o in self._outputs if o.name.rpartition(".")[0] == parent]
-        return set().union(*siblings).issuperset(self._values_around(output))
+        return set().union(*siblings).issuperset(around)
 
     def _values_around(self, output: _Output) -> list[_Value]:
         """The values that pass around an output: made before it, read after it, and not part of it."""

@@ -82,7 +82,8 @@ def set_modes(module: nn.Module, flags: Mapping[str, bool]) -> None:
 
 def one_parameter(module: nn.Module) -> Tensor:
     """A parameter of a network that tells its device and number type."""
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), device="cpu"))
+    found = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return torch.zeros((), device="cpu") if found is None else found
 
 
 def device_of(module: nn.Module, wanted: str | torch.device | None = None) -> torch.device:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ptee._common.devices import without_autocast
 from ptee._common.errors import PteeError, unknown
 from ptee._common.validation import checked
 from ptee.exits.config import CALIBRATED as CALIBRATED
@@ -60,7 +61,7 @@ class Confidence(ABC):
 
         The arguments are those of `Answer`, the logits in any precision.
         """
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device.type):
             sure = _at_least_float32(confidence_logit)
             h = self._compute(Answer(n, _at_least_float32(logits), earlier, sure, num_exits))
             # A logit of -inf only rules out its class. The largest one is NaN where any is.

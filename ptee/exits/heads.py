@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptee._common.devices import without_autocast
 from ptee._common.errors import PteeError
 from ptee._common.process import own_random_numbers
 from ptee._common.validation import checked
@@ -115,7 +116,7 @@ class ExitHead(nn.Module):
         return logits + self.previous_weight * earlier[-1].detach().log_softmax(-1).to(logits.dtype)
 
     def _confidence(self, v: Tensor) -> Tensor:
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v.device.type):
             wide = torch.promote_types(v.dtype, torch.float32)
             return F.linear(v.to(wide), self.confidence.weight.to(wide), self.confidence.bias.to(wide))[:, 0]
 

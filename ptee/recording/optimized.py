@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from operator import attrgetter, is_
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptee._common.devices import without_autocast
 from ptee._common.errors import Argument, PteeError, unknown
 from ptee._common.process import Lock
 from ptee._common.text import shown
@@ -117,7 +118,7 @@ class OptimizedModel(nn.Module):
             return self._without_pieces(x, threshold)  # which watches an empty batch itself
         seen = self.model.watching(x, audited=threshold is None, at_once=self.max_batch)
         out = self._predict(x, threshold, None)
-        with _without_autocast(x):  # as in the pieces, so that an audit is in the same number type
+        with without_autocast(x.device.type):  # as in the pieces, so that an audit is in the same number type
             return seen(out)
 
     def laps(self, x: Tensor, mark: Callable[[], None]) -> None:
@@ -315,14 +316,8 @@ class _Contents:
 def _as_recorded(like: Tensor) -> Iterator[None]:
     """Recordings know no autocast, their memory is written again outside of inference mode, and their GPU is the current one."""
     where = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
-    with where, torch.inference_mode(False), torch.no_grad(), _without_autocast(like):
+    with where, torch.inference_mode(False), torch.no_grad(), without_autocast(like.device.type):
         yield
-
-
-def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Autocast is switched off, if it is on: that takes the host longer than to see that it is off."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _same(settings: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

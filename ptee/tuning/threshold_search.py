@@ -236,11 +236,12 @@ def _descended(problem: Problem, on: Tensor, price: Tensor, start: Tensor) -> Te
 def _descend(problem: Problem, on: Tensor, price: Tensor, taken: Tensor, weight: Tensor) -> Tensor:
     """(B, E) numbers of images taken for which no exit alone can lower the mean of cost + weight * loss."""
     value = [price[:, n, None] + weight[:, None] * problem.loss[n] for n in range(problem.exits + 1)]
+    switched_on = on.any(0).nonzero()[:, 0].tolist()
     for _ in range(MAX_SWEEPS):
         before, taken = taken, taken.clone()
         reached = list(_reached(problem, taken))
         later = value[-1]
-        for n in reversed(range(problem.exits)):
+        for n in reversed(switched_on):
             gain = _running(((value[n] - later) * reached[n])[:, problem.order[n]])
             taken[:, n] = gain.masked_fill(~problem.ends[n], torch.inf).argmin(1) * on[:, n]
             later = torch.where(problem.rank[n] < taken[:, n, None], value[n], later)
@@ -265,12 +266,17 @@ def _improved(problem: Problem, on: Tensor, price: Tensor, taken: Tensor) -> Ten
     exits = on.nonzero()[:, 0].tolist()
     pairs = list(permutations(exits, 2)) or [(n, n) for n in exits]
     best = torch.inf
+    tried: set[tuple[int, int]] = set()  # with the numbers as they are now: they would give the same again
     for _ in range(MAX_ROUNDS):
         before = best
         for i, j in pairs:
+            if (i, j) in tried:
+                continue
             numbers = _steps(problem.ends[i], int(taken[i]))
             moved, objective = _moved(problem, price, taken, i, numbers, j)
+            tried.add((i, j))
             if objective < best - ROUNDING:
+                tried = tried if torch.equal(moved, taken) else set()
                 taken, best = moved, objective
         if best >= before - ROUNDING:
             break
@@ -293,14 +299,18 @@ def _moved(problem: Problem, price: Tensor, taken: Tensor, i: int, numbers: Tens
     tried = taken.repeat(len(numbers), 1)
     tried[:, i] = numbers
     tried[:, j] = 0
-    later = taken.new_full((len(tried), problem.images), problem.exits)  # where images leave that exit j does not take
+    order = problem.order[j]
+    rank, losses = problem.rank[:, order], problem.loss[:, order]
+    later_cost = price[-1].expand(len(tried), problem.images)  # of images that exit j does not take
+    later_loss = losses[-1].expand_as(later_cost)
     for n in reversed(range(j + 1, problem.exits)):
-        later = torch.where(problem.rank[n] < tried[:, n, None], n, later)
-    reached = torch.ones_like(later, dtype=torch.bool)
+        leave = rank[n] < tried[:, n, None]
+        later_cost = torch.where(leave, price[n], later_cost)
+        later_loss = torch.where(leave, losses[n], later_loss)
+    reached = torch.ones_like(later_cost, dtype=torch.bool)
     for n in range(j):
-        reached &= problem.rank[n] >= tried[:, n, None]
-    cost = ((price[j] - price[later]) * reached)[:, problem.order[j]]
-    loss = ((problem.loss[j] - problem.loss.gather(0, later)) * reached)[:, problem.order[j]]
+        reached &= rank[n] >= tried[:, n, None]
+    cost, loss = (price[j] - later_cost) * reached, (losses[j] - later_loss) * reached
     base_cost, base_loss = problem.outcome(price.expand(len(tried), -1), tried)
     number, objective = problem.best(
         base_cost[:, None] + _running(cost) / problem.images,

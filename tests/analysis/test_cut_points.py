@@ -449,3 +449,10 @@ class SharesMemory(nn.Module):
 def test_no_rows_leave_where_tensors_share_memory_that_is_written_into_later():
     assert "pair" in survey(SharesMemory(False).eval(), SIZE).cuts
     assert "share memory" in survey(SharesMemory(True).eval(), SIZE).refused["pair"]
+
+
+def test_a_step_of_a_starting_again_stands_once_however_many_modules_follow():
+    net = nn.Sequential(*(nn.Sequential(conv(3, 3)) for _ in range(12)), nn.Flatten(), nn.Linear(3 * 64, 10)).eval()
+    steps = [step for each in survey(net, (3, 8, 8)).steps.values() for step in each]
+    assert len(steps) > 12 * 12 / 2
+    assert len({id(step) for step in steps}) == len({*steps})

@@ -16,6 +16,7 @@ from ptee._common.errors import PteeError
 from ptee.exits.config import NEVER, remark
 from ptee.exits.times import BatchTimes
 from ptee.tuning import targets as tuning_targets
+from ptee.tuning import threshold_search
 from ptee.tuning.config import Promise, Target, describe_thresholds
 from ptee.tuning.reachable import Margin
 from ptee.tuning.solution import Solution
@@ -486,3 +487,19 @@ def test_a_largest_cost_is_one_of_seconds():
     assert found.score.time <= 0.9 + TOLERANCE
     with pytest.raises(PteeError, match="cannot be reached"):
         solve(traces, Target("max_cost", 0.2))
+
+
+# ---------------------------------------------------------------------------------------------------- how much is computed
+
+
+def test_no_move_of_two_exits_is_tried_again_from_the_same_numbers(monkeypatch):
+    tried, moved = [], threshold_search._moved
+
+    def note(problem, price, taken, i, numbers, j):
+        tried.append((id(problem), tuple(price.tolist()), tuple(taken.tolist()), i, j))
+        return moved(problem, price, taken, i, numbers, j)
+
+    monkeypatch.setattr(threshold_search, "_moved", note)
+    solve(easy_and_hard(0, 3, 400), Target("max_drop", 0.02), margin=0.0)
+    assert tried
+    assert len(set(tried)) == len(tried)
