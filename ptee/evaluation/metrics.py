@@ -27,9 +27,9 @@ def failure_auroc(h: Tensor, right: Tensor) -> float | None:
 
     h (n,), where NaN is below every number, and `right` (n,) bool. None if all answers are right, or all are wrong.
     """
+    from sklearn.metrics import roc_auc_score  # takes seconds to import
+
     if right.all() or not right.any():
         return None
-    h = h.float().nan_to_num(nan=torch.finfo(torch.float32).min)
-    higher, wrong = h[right].contiguous(), h[~right].sort().values
-    beaten = torch.searchsorted(wrong, higher) + torch.searchsorted(wrong, higher, right=True)  # twice: ties are halves
-    return beaten.sum().item() / (2 * len(higher) * len(wrong))
+    lowest = torch.finfo(torch.float32).min
+    return float(roc_auc_score(right.cpu().numpy(), h.float().nan_to_num(nan=lowest).cpu().numpy()))
