@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from operator import length_hint
 from typing import Any, Generic, TypeVar
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 Log = Callable[[str], None]  # gets the messages to the user
@@ -36,7 +36,7 @@ def with_bar(items: Iterable[Item], description: str, shown: bool = True) -> Any
     if shown and not _on_a_terminal():
         return LogLines(items, description)
     total = length_hint(items, 0) or None
-    return tqdm(_begun_once(items), total=total, desc=description, leave=False, disable=not shown)
+    return tqdm(items, total=total, desc=description, leave=False, disable=not shown)
 
 
 @contextmanager
@@ -49,11 +49,6 @@ def counted(description: str) -> Iterator[Callable[[int], object]]:
     lines: LogLines[object] = LogLines((), description)
     with lines.written():
         yield lines.add
-
-
-def _begun_once(items: Iterable[Item]) -> Iterator[Item]:
-    """tqdm.auto begins to iterate twice; a loader would draw another order, and start its processes, each time."""
-    yield from items
 
 
 class LogLines(Generic[Item]):

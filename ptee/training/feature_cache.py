@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.files import as_path, from_json, plain, to_json
