@@ -29,6 +29,14 @@ from ptee._common.text import printable, with_run
 WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
 
 NEAREST = 3  # choices that a message names in answer to a wrong one, at most
+# What other libraries call settings of ptee, in small letters and without _.
+ELSEWHERE = {
+    "learningrate": "lr",
+    "randomstate": "seed",
+    "randomseed": "seed",
+    "nepochs": "epochs",
+    "maxepochs": "epochs",
+}
 ENDED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?([^.]+)")  # what torch says of one
 
 
@@ -181,6 +189,8 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 def _near(name: str, choices: Sequence[str]) -> list[str]:
     """What is spelt like it but for case and _; else first the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
+    if (here := called_here(name)) in choices:
+        return [here]
     if asked in spelt:
         return [spelt[asked]]
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))
@@ -189,6 +199,16 @@ def _near(name: str, choices: Sequence[str]) -> list[str]:
     )
     alike = get_close_matches(asked, spelt, n=NEAREST, cutoff=0.5)
     return [spelt[c] for c in dict.fromkeys([*end[:1], *begin[:NEAREST], *alike])][:NEAREST]
+
+
+def called_here(name: str) -> str:
+    """What ptee calls a setting that other libraries call so; the name itself where they agree.
+
+    >>> called_here("learning_rate"), called_here("training.n_epochs"), called_here("lr")
+    ('lr', 'training.epochs', 'lr')
+    """
+    section, point, setting = name.rpartition(".")
+    return f"{section}{point}{ELSEWHERE.get(_letters(setting), setting)}"
 
 
 def _letters(name: str) -> str:

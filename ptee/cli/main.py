@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ptee import __version__
-from ptee._common.errors import Argument, Interrupted, PteeError, ended_worker, unknown
+from ptee._common.errors import Argument, Interrupted, PteeError, called_here, ended_worker, unknown
 from ptee._common.files import is_folder
 from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import one_line, with_run
@@ -180,6 +180,7 @@ def _as_setting(error: click.NoSuchOption) -> str:
     if not options & {"--set", "--over"}:
         of_run = command is not None and name == "confidence" and any(p.name == "run" for p in command.params)
         return f"That of a run is set in Python: {SET_CONFIDENCE}" if of_run else ""
+    name = called_here(name)
     try:
         path = path_of(name)
     except PteeError:

@@ -101,6 +101,13 @@ def test_a_name_that_differs_in_case_and_strokes_only_is_answered_with_that_name
     assert "Did you mean 'max_drop'?" in str(unknown("setting", "MaxDrop", ["max_loss", "max_drop", "max_dropped"]))
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "LearningRate", "training.learning_rate"])
+def test_a_name_of_other_libraries_is_answered_with_that_of_ptee(name):
+    section = "training." if "." in name else ""
+    settings = [f"{section}{each}" for each in ("learner", "lr", "epochs", "seed")]
+    assert f"Did you mean '{section}lr'? " in possible(name, settings)
+
+
 def test_if_no_choice_is_near_some_of_many_are_named():
     assert "There are 100 choices, among them layer0, layer1, layer10" in str(unknown("module", "zzz", MANY))
 
