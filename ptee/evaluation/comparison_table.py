@@ -266,7 +266,8 @@ oracle: every image leaves at the first exit that agrees with the backbone. Exit
 confidence can know that."""
 SENTENCES = """\
 The sentences below the table name what stays within a drop on the calibration images and on the report images. As the latter take part in
-the choice, the drop of the line that is named is a little too good there. ptee evaluate gives it on other images."""
+the choice, the drop of the line that is named is a little too good there. An evaluation on other images
+says what it is on new ones."""
 
 
 def _signed(drop: float) -> str:

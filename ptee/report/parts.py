@@ -38,7 +38,7 @@ WAYS = (
 )
 CHEAPEST = (
     "These stay within the drop on the images that thresholds were chosen on, and on those of this page. A mark above may do so by chance on these alone. "
-    "As both take part in the choice, the drop of the line that is named is a little too good here; ptee evaluate gives it on other images."
+    "As both take part in the choice, the drop of the line that is named is a little too good here. An evaluation on other images says what it is on new ones."
 )
 SWEEP = (
     "What all images get if every exit has the same T. Above T = 1 no image leaves: the answers are the backbone's, and the cost is above 1, "
