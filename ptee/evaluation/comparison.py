@@ -32,20 +32,22 @@ from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.evaluation.results import doubted
 from ptee.exits.blend import BLENDED, OWN
 from ptee.exits.confidence import CONFIDENCES, LEARNED, MAX_PROB, find_confidence
+from ptee.exits.config import NEVER
 from ptee.exits.front import Prepare, require_same_question
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.saving import warn_of_changes
 from ptee.tuning.candidates import can_blend
-from ptee.tuning.config import DropsConfig
+from ptee.tuning.config import DropsConfig, Target
 from ptee.tuning.solution import Solution
-from ptee.tuning.targets import curves
+from ptee.tuning.targets import curves, solve
 from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repeated, require_same_images, truncation
 from ptee.tuning.tune import known_images
 
 DROPS = DropsConfig().drops
 RESAMPLES, SEED = 2000, 0  # of the bootstrap
 COVERED = 0.95  # by an interval
+KNOWN = 0.5  # the threshold of an oracle, whose h is 0 or 1
 COPIES = 0.01  # share of the report images that may be copies of calibration images without a word
 
 
@@ -312,8 +314,8 @@ def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str]
             done.add((*how, kind))
             yield _tuned(name, way.words, "adaptive", decided, drops, solved[how][kind])
     if "oracle" in wanted:
-        agreeing = _entry(pair, lambda t: (t.answers == t.answers[-1]).int().argmax(0))  # argmax gives the first
-        yield Line(f"{name}, oracle", "oracle", (agreeing,), name)
+        used = {solution.off for kinds in solved.values() for found in kinds.values() for solution in found}
+        yield Line(f"{name}, oracle", "oracle", (_oracle(pair, used),), name)
     for n in _worth_cutting_at(truncation(pair.calibration)) if "truncation" in wanted else []:
         yield Line(f"{name}, truncation at exit {n}", "truncation", (_cut_off(pair, n),), name)
 
@@ -341,6 +343,31 @@ def _tuned(of: str, words: str, kind: str, pair: Pair, drops: Sequence[float], s
         )
 
     return Line(of + words, kind, tuple(map(entry, drops, solutions)), of)
+
+
+def _oracle(pair: Pair, used: Iterable[tuple[int, ...]]) -> Entry:
+    """Every image leaves at the first exit that agrees with the backbone, of those exits with which that costs least.
+
+    Which exits are off is chosen on the calibration images, as for a run whose confidence knows which answers agree. With many exits
+    not every choice is tried. So those of the run's own lines are, too; and each once more with the exits on whose heads run anyway.
+    """
+    knowing = Pair(*(_knowing(traces) for traces in pair))
+    there = knowing.calibration
+    found = solve(there, Target("max_fidelity_drop", 0.0), one_threshold=True, margin=0.0)
+    tried = [found.off, *sorted(used)]
+    tried += [tuple((~there.heads_where(there.all_but(off))).nonzero()[:, 0].tolist()) for off in tried]
+
+    def first_of(off: tuple[int, ...]) -> Callable[[Traces], Tensor]:
+        return lambda t: t.leaving([NEVER if n in off else KNOWN for n in range(t.exits)])
+
+    off = min(tried, key=lambda off: there.score(first_of(off)(there), off).price)
+    return _entry(knowing, first_of(off), off)
+
+
+def _knowing(traces: Traces) -> Traces:
+    """The same with a confidence that is 1 where an exit agrees with the backbone, and 0 elsewhere."""
+    agrees = (traces.answers == traces.answers[-1]).float()
+    return replace(traces, confidence=agrees, confidence_name=LEARNED, logits=None, confidence_logits=None)
 
 
 def _cut_off(pair: Pair, n: int) -> Entry:

@@ -261,9 +261,13 @@ WEIGHTS = """\
 with the final weights: those of blended answers were fitted to the calibration images themselves. ptee tune names
 another drop there: each image is answered with weights that were fitted to the others."""
 TRUNCATION = "truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out."
-ORACLE = "oracle: every image leaves at the first exit that agrees with the backbone. No real confidence can know that."
+ORACLE = """\
+oracle: every image leaves at the first exit that agrees with the backbone. Exits that do not pay even so are off. No real
+confidence can know that."""
 SENTENCES = """\
-The sentences below the table name what stays within a drop on the calibration images and on the report images."""
+The sentences below the table name what stays within a drop on the calibration images and on the report images. As the latter take part in
+the choice, the drop of the line that is named is a little too good there. An evaluation on other images
+says what it is on new ones."""
 
 
 def _signed(drop: float) -> str:

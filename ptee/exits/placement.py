@@ -12,7 +12,7 @@ E, counted from 0, stands behind the first block whose cumulative cost reaches
 
 (EENet section 3.3; `set_thresholds` in eenet.py of github.com/eksuas/eenets.pytorch). With
 
-    quadratic                    behind every s-th of L blocks, s = L / (E+1), rounded
+    quadratic                    behind every s-th of L blocks, s = L / (E+1), rounded, a half up
 
 the cost between two exits grows, as later blocks have more parameters. EENet gives no formula for it; this one gives all
 rows of the tables 4.5 and 4.8 of the thesis.
@@ -44,6 +44,7 @@ LATEST = 0.95  # share of the backbone's cost behind which an exit has nothing l
 HEAVY = 2e10  # multiply-accumulates of one image above which a cut is verified on a smaller image
 MOST_NAMES = 12  # of rules and blocks in a message
 SMALLEST_SIDE = 40  # pixels; the smaller image has no shorter side. Three patches of 14 still fit
+ROUNDING = 1e-12  # of a share: 1 - .95 is above .05 by it
 MOST_REPEATED = 0.01  # share of the backbone's cost that may be spent twice where a pass starts again
 
 Rule = Callable[[Sequence[float], int], list[int]]
@@ -61,7 +62,7 @@ def first_behind(costs: Sequence[float], fractions: Sequence[float]) -> list[int
     chosen: list[int] = []
     for fraction in fractions:
         start = chosen[-1] + 1 if chosen else 0
-        block = next((i for i in range(start, len(costs)) if costs[i] >= fraction), None)
+        block = next((i for i in range(start, len(costs)) if costs[i] >= fraction - ROUNDING), None)
         if block is None:
             break
         chosen.append(block)
@@ -73,7 +74,7 @@ def _by_fraction(fraction: Callable[[int, int], float]) -> Rule:
 
 
 def _quadratic(costs: Sequence[float], exits: int) -> list[int]:
-    step = round(len(costs) / (exits + 1))
+    step = int(len(costs) / (exits + 1) + 0.5)  # round() would take 4.5 down and 5.5 up
     return [i for i in range(step - 1, step * exits, step) if i < len(costs)] if step else []
 
 

@@ -66,7 +66,7 @@ from ptee.training.history import Epoch, History
 from ptee.training.tracking import tracked
 from ptee.training.trainer import resolve_config, run_training
 from ptee.tuning.config import TIME, Target
-from ptee.tuning.guarantee import require_images
+from ptee.tuning.guarantee import require_images, require_unwatched
 from ptee.tuning.reachable import require_labels, require_reachable
 from ptee.tuning.solution import Solution
 from ptee.tuning.tune import choose_thresholds, describe_outcome
@@ -282,6 +282,8 @@ def checked_model(
             parts = parts_for_tuning(Unseen(data.source, data, data.validation, recipe.seed))
             require_labels(target, labelled)
             how = recipe.thresholds
+            if parts.calibration is data.calibration:  # which the training watches
+                require_unwatched(target, how.confidence, recipe.training.patience)
             require_images(target, how.confidence, len(parts.calibration), each_exit=how.each_exit)
             require_reachable(target, model.plan.least_cost, recipe.thresholds.margin)
         elif recipe.thresholds.threshold is not None:

@@ -21,11 +21,13 @@ from ptee.data.pictures import all_broken_named
 from ptee.data.sources import require_source
 from ptee.data.splits import (
     AS_DELIVERED,
+    GIVE_DATA,
     Data,
     Unseen,
     images_to_report_on,
     left_by_tuning,
     parts_for_all,
+    parts_for_tuning,
     without_images,
 )
 from ptee.evaluation.class_order import labels_as_recorded
@@ -209,6 +211,9 @@ def tune_run(
     require_labels(target, labelled)
     own = make_recipe(folder) if (folder / RECIPE_FILE).is_file() else None
     wanted, times = recipe.thresholds, None
+    if wanted.confidence is not None and own is not None and own.training.patience is not None and _watched(opened):
+        why = f"{folder} was trained with patience={own.training.patience}, which picked the epoch by its loss on these images, so they cannot show what "
+        raise DataError(why, Argument("confidence", f"{wanted.confidence:g}"), " guarantees. Give others: ", *GIVE_DATA)
     if wanted.cost == TIME:
         times = times_for(folder, model, resolve_device(how["device"]), wanted.at_batch, wanted.executor)
     try:
@@ -231,6 +236,15 @@ def tune_run(
         more[CARD] = text
     saving.update(folder, more, model.versions, **saving.describe_tuning(model))
     return model.results
+
+
+def _watched(opened: OpenRun) -> bool:
+    """Whether thresholds are chosen on the images that the run's training watched."""
+    unseen, data = opened.unseen, opened.unseen.data
+    known = recorded_images(unseen.run, opened.model.results, data.source)
+    files = known.get("files_sha256")
+    same = data.place == known.get("source") or (files is not None and files == data.split.get("files_sha256"))
+    return same and parts_for_tuning(unseen).calibration is data.calibration
 
 
 def compare_runs(

@@ -7,6 +7,7 @@ import math
 from ptee._common.text import number_of
 
 UNSEEN = 0.05  # chance that no image shows the loss that is allowed
+ROUNDING = 1e-9  # of a number of images, which would be rounded up
 LARGE = 0.01  # a loss that is worth a word if the images may not show it
 
 
@@ -18,7 +19,7 @@ def images_needed(limit: float, delta: float) -> int:
     >>> images_needed(0.01, 0.05)
     299
     """
-    return math.ceil(math.log(delta) / math.log1p(-limit))
+    return math.ceil(math.log(delta) / math.log1p(-limit) - ROUNDING)
 
 
 def least_limit(images: int, delta: float) -> float:

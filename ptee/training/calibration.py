@@ -5,7 +5,12 @@ fitted by maximum likelihood (J. Platt, Probabilistic outputs for support vector
 
     h = sigmoid(scale * log(p / (1 - p)) + shift),   p the largest probability of the exit.
 
-If n1 images have the answer yes and n0 the answer no, the targets are Platt's (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of
+    minimise   - sum_i [ t_i log h_i + (1 - t_i) log(1 - h_i) ]  +  (log scale)^2 / 2
+
+The last term is ptee's own: a weak prior that the scale is near 1, so that h is the largest probability as it is. It keeps the
+scale above 0 where few images, or answers that are nearly all alike, do not say what it is.
+
+If n1 images have the answer yes and n0 the answer no, the targets t_i are Platt's (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of
 1 and 0. So few images do not lead to certainty.
 """
 

@@ -20,7 +20,7 @@ from ptee.exits.confidence import CONFIDENCES
 from ptee.exits.config import AUTO
 from ptee.exits.times import Prices
 from ptee.production.curve import ROUNDING
-from ptee.tuning.threshold_search import MAX_EXACT, Choice, Problem, search, search_each
+from ptee.tuning.threshold_search import MAX_EXACT, Choice, Problem, few_on, search, search_each
 from ptee.tuning.traces import Traces
 
 FOLDS = 4  # of a cross-validation
@@ -129,13 +129,13 @@ def _is_meant(candidate: Candidate, choice: Choice) -> bool:
 
 
 def _subsets(candidate: Candidate, problem: Problem, one_threshold: bool) -> list[list[bool]]:
-    """Which exits may be on together. Of many exits, those that multiply-accumulates leave on, and none."""
+    """Which exits may be on together. Of many exits, those that multiply-accumulates leave on, none, and each alone."""
     if candidate.on is not None:
         return [[n in candidate.on for n in range(problem.exits)]]
     if problem.exits <= MAX_EXACT:
         return [[n in on for n in range(problem.exits)] for on in subsets(problem.exits)]
     best = search(problem, one_threshold)
-    return [[False] * problem.exits, *([] if best is None else [(best.taken > 0).tolist()])]
+    return [*few_on(problem.exits), *([] if best is None else [(best.taken > 0).tolist()])]
 
 
 def _timed(candidate: Candidate, problem: Problem, choice: Choice) -> Choice:

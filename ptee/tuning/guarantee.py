@@ -72,6 +72,24 @@ def require_images(target: Target, confidence: float | None, images: int, *, eac
     )  # fmt: skip
 
 
+def require_unwatched(target: Target, confidence: float | None, patience: int | None) -> None:
+    """Refuse a guarantee by images that early stopping goes by: it picks the epoch with the lowest loss on them.
+
+    Raises:
+        PteeError: naming both settings, and what to do instead.
+    """
+    if confidence is None or patience is None:
+        return
+    later = (
+        f"ptee tune RUN --data FOLDER --{target.kind.replace('_', '-')} {target.limit:g} --confidence {confidence:g}"
+    )
+    raise PteeError(
+        Argument("patience", f"{patience}"), " picks the epoch by the calibration images, so these cannot show what ",
+        Argument("confidence", f"{confidence:g}"), f" guarantees. Leave one of the two out. With patience, other images can show it afterwards: {later}, or ptee.tune in Python.",
+        argument="patience", value=patience,
+    )  # fmt: skip
+
+
 def promised(
     traces: Traces, without: Solution, confidence: float, *, one_threshold: bool = False, each_exit: bool = False
 ) -> Solution:

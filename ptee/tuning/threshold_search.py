@@ -26,7 +26,7 @@ from torch import Tensor
 from ptee.exits.config import NEVER
 from ptee.production.curve import ROUNDING
 
-MAX_EXACT = 6  # up to so many exits every subset is tried; with more, exits are switched off one after another
+MAX_EXACT = 6  # up to so many exits every subset is tried; with more, those of `few_on`, and exits are switched off one after another
 WEIGHTS = (1e-3, 1e4)  # of one wrong answer, in costs of the backbone; bisected on a logarithmic scale
 BISECTIONS, MAX_SWEEPS = 12, 20
 IMPROVED = 4  # subsets that moves of two exits are tried on
@@ -116,14 +116,26 @@ def search(problem: Problem, one_threshold: bool = False, on: Sequence[int] | No
         return found if found is not None and (found.taken.any() or not on) else None
     if exits <= MAX_EXACT:
         return _best_of(problem, torch.tensor(list(product([True, False], repeat=exits)), device=device), one_threshold)
-    best, some = None, torch.ones(1, exits, dtype=torch.bool, device=device)
+    few = _best_of(problem, torch.tensor(few_on(exits), device=device), one_threshold)
+    both = filter(None, [few, _switched_off(problem, one_threshold)])
+    return min(both, key=lambda choice: objective(problem, choice), default=None)
+
+
+def few_on(exits: int) -> list[list[bool]]:
+    """All exits off, and each alone on: where heads are dear, switching off one exit at a time may not come to these."""
+    return [[False] * exits, *([n == on for n in range(exits)] for on in range(exits))]
+
+
+def _switched_off(problem: Problem, one_threshold: bool) -> Choice | None:
+    """The best choice that was found by switching off exits one after another, while that betters it."""
+    best, some = None, torch.ones(1, problem.exits, dtype=torch.bool, device=problem.h.device)
     while len(some):
         found = _best_of(problem, some, one_threshold)
         if best is not None and (found is None or objective(problem, found) >= objective(problem, best)):
             return best
         best = found or best
         start = some[0] if found is None else found.taken > 0
-        each = torch.eye(exits, dtype=torch.bool, device=start.device)[start]
+        each = torch.eye(problem.exits, dtype=torch.bool, device=start.device)[start]
         some = start & ~each  # in each subset one more exit is off
     return best
 

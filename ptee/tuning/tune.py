@@ -70,7 +70,7 @@ def tune(
             images that the weights were not fitted to.
         confidence: guarantee the drop: with this confidence, such as 0.95, no more is lost on new images, however they are
             distributed. They must be drawn like these, and nothing may have been fitted to these, the confidence of the exits
-            included. The answers are the exits' own. None: the drop is kept on average.
+            and the epoch that early stopping picked included. The answers are the exits' own. None: the drop is kept on average.
         each_exit: guarantee it among the images that leave at each exit, too.
         times: of the model's pieces in batches of one size, as `ptee.timing.measure.measure(model, [32]).at(32)` gives them: then
             costs are of seconds. None: of multiply-accumulates.

@@ -78,6 +78,15 @@ def test_a_guarantee_is_kept_with_the_run(run, finished):
     assert make_recipe(finished).thresholds.confidence == 0.95
 
 
+def test_a_guarantee_by_the_images_that_early_stopping_went_by_is_refused(run, finished):
+    recipe = make_recipe(finished).with_settings({"training.patience": 2})
+    (finished / "recipe.yaml").write_text(recipe.to_yaml())
+    words = ("tune", finished, "--max-fidelity-drop", 0.7, "--no-speed", "--dry-run")
+    said = r"^out was trained with patience=2, which picked the epoch by its loss on these images, so they cannot show what --confidence 0\.95 guarantees\. Give others: --data FOLDER\.$"
+    assert_refused(run(*words, "--confidence", 0.95), said)
+    assert run(*words).status == 0
+
+
 def test_as_json_the_results_are_all_there_is_on_standard_output(run, finished):
     done = run("tune", finished, "--max-cost", 0.9, "--one-threshold", "--json", "--no-speed")
     assert done.status == 0

@@ -73,6 +73,10 @@ def test_the_legend_explains_the_lines_that_are_there_and_is_not_part_of_the_tab
     assert not set(found.legend.splitlines()) & set(str(found).splitlines())
     assert not {"oracle:", "truncation:", '"own":'} & {line.split()[0] for line in comparison(OURS).legend.splitlines()}
     assert "drop of fidelity" in comparison(OURS, accuracy=None).legend
+    assert found.legend.endswith(
+        "on the report images. As the latter take part in\nthe choice, the drop of the line that is named is a little too good there. An evaluation on other "
+        "images\nsays what it is on new ones."
+    )
 
 
 def test_the_verdict_names_the_cheapest_line_within_a_drop_but_never_the_oracle():

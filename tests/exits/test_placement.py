@@ -103,7 +103,7 @@ def test_each_wish_gets_the_first_free_block_that_reaches_it(costs, wishes):
     chosen = first_behind(costs, wishes)
     assert all(one < two for one, two in pairwise(chosen)), "in order, no block twice"
     for block, wish, before in zip(chosen, wishes, [-1, *chosen], strict=False):
-        assert costs[block] >= wish
+        assert costs[block] >= wish - 1e-12
         assert all(costs[i] < wish for i in range(before + 1, block)), "an earlier free block reaches the wish"
     if len(chosen) < len(wishes):
         start = chosen[-1] + 1 if chosen else 0
@@ -135,6 +135,19 @@ FINE_GRAINED = [(i + 1) / 10_000 for i in range(10_000)]  # blocks so small that
 def test_the_wanted_fractions_are_those_of_the_papers(rule, fractions):
     placed = PLACEMENTS[rule](FINE_GRAINED, len(fractions))
     assert [FINE_GRAINED[i] for i in placed] == pytest.approx(fractions, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [1 / 20, 0.2, 0.5])
+def test_a_block_that_ends_exactly_at_a_wanted_fraction_is_taken(share):
+    rule = {1 / 20: "fine", 0.2: "pareto", 0.5: "linear"}[share]
+    assert PLACEMENTS[rule]([share, 0.9, 1.0], 1) == [0]
+    assert first_behind([1 - 0.9, 1.0], [0.1]) == [0], "1 - .9 is below .1 by its rounding"
+
+
+@pytest.mark.parametrize(("blocks", "step"), [(27, 5), (33, 6), (26, 4), (28, 5)])
+def test_quadratic_rounds_a_half_up_whatever_number_stands_before_it(blocks, step):
+    costs = [(i + 1) / blocks for i in range(blocks)]
+    assert PLACEMENTS["quadratic"](costs, 5) == [step * n - 1 for n in range(1, 6) if step * n <= blocks]
 
 
 # ---------------------------------------------------------------------------------------------------- costs by hand

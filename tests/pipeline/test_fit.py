@@ -398,6 +398,7 @@ def test_labels_of_minus_one_among_classes_are_named_where_an_accuracy_is_asked_
 # ---------------------------------------------------------------------------------------------------- refusals
 
 X, Y = images(60).tensors
+STOPPED = {"epochs": 9, "training.patience": 3}
 REFUSED = {
     "a log that is no function": ({"log": True}, "log=True must be a function"),
     "a class": ({"train_data": dict}, "train_data is a type.*map-style data set"),
@@ -421,6 +422,14 @@ REFUSED = {
     "a cost that cannot be reached": ({"max_cost": 0.001}, r"max_cost=0\.001 cannot be reached"),
     "a shift of vectors": ({"shift": 2}, "shift=2 moves feature maps"),
     "a resumption without a folder": ({"resume": True}, "Give out=FOLDER"),
+    "a guarantee by images that early stopping goes by": (
+        {"val_data": images(9), "calibration_data": images(400), "max_fidelity_drop": 0.1, **STOPPED, "thresholds.confidence": 0.9},
+        r"^patience=3 picks the epoch by the calibration images, so these cannot show what confidence=0\.9 guarantees\. Leave one of the two out\. "
+        r"With patience, other images can show it afterwards: ptee tune RUN --data FOLDER --max-fidelity-drop 0\.1 --confidence 0\.9, or ptee\.tune in Python\.$",
+    ),
+    "a guarantee by images that are drawn and that early stopping goes by": (
+        {"train_data": images(4000), "max_fidelity_drop": 0.1, **STOPPED, "thresholds.confidence": 0.9}, r"^patience=3 picks the epoch",
+    ),
     "an unknown device": ({"device": "tpu"}, "tpu.*cpu"),
     "a front network with other classes": ({"front": "resnet18"}, "front"),
     "a batch where no seconds count": ({"at_batch": 7}, r"^at_batch=7 is about costs in seconds.* Give cost='time', too"),
@@ -434,6 +443,14 @@ def test_what_is_not_possible_is_refused_in_one_line_before_the_training(given, 
     with pytest.raises(PteeError, match=said) as refusal:
         ptee.fit(network(), arguments.pop("train_data"), **arguments)
     assert "\n" not in str(refusal.value)
+
+
+def test_early_stopping_goes_with_a_guarantee_by_images_that_it_does_not_watch():
+    how = {"max_fidelity_drop": 0.9, **STOPPED, "thresholds.confidence": 0.9}
+    model = fit(
+        network(), images(60), val_data=images(40, seed=3), **how
+    )  # images drawn from the training images are watched
+    assert model.results["tuning"]["promise"]["confidence"] == 0.9
 
 
 def samples(change) -> list:

@@ -173,7 +173,8 @@ def test_what_is_cheapest_within_the_run_s_own_target_is_said_first_and_as_its_o
     (line,) = evil.comparison.lines
     line = replace(line, entries=(replace(line.entries[0], allowed=0.005), *line.entries))
     compared = replace(evil, comparison=replace(evil.comparison, drops=(0.005, 0.01), lines=(line,)))
-    first, second, _ = what_is_cheapest(chosen_for(compared, "max_drop", 0.01))
+    first, second, how = what_is_cheapest(chosen_for(compared, "max_drop", 0.01))
+    assert how.endswith("is a little too good here. An evaluation on other images says what it is on new ones.")
     assert first.startswith("At most 0.01 lost: ")
     assert first.endswith(" This drop is the run's own target.")
     assert second.startswith("At most 0.005 lost: ")

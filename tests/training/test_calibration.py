@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ptee.backbones.load import load_backbone
 from ptee.exits.confidence import log_odds
 from ptee.model.build import build
 from ptee.pipeline.recipe import ConfidenceConfig
+from ptee.training import calibration
 from ptee.training.calibration import QUESTIONS, Calibration, calibrate, fit_scale_and_shift, hold_out
 
 n, K, SIZE = 400, 5, (3, 8, 8)
@@ -156,6 +158,25 @@ def log_odds_and_answers(size: int, scale: float, shift: float, seed: int = 0) -
 def test_scale_and_shift_are_found_again(scale, shift):
     found = fit_scale_and_shift(*log_odds_and_answers(20_000, scale, shift))
     assert found == pytest.approx((scale, shift), abs=0.1)
+
+
+GUIDE = Path(__file__).parents[2] / "recipes" / "guide" / "heads_and_confidences.md"
+
+
+@pytest.mark.parametrize(("size", "scale"), [(30, 0.2), (200, -0.5), (500, 1.0)])
+def test_scale_and_shift_minimise_what_the_guide_and_the_module_print(size, scale):
+    assert "[ t_i log h_i + (1 - t_i) log(1 - h_i) ]  +  (log a)^2 / 2" in GUIDE.read_text()
+    assert "[ t_i log h_i + (1 - t_i) log(1 - h_i) ]  +  (log scale)^2 / 2" in calibration.__doc__
+    odds, yes = log_odds_and_answers(size, scale, 1.0)
+    t = torch.where(yes > 0, (yes.sum() + 1) / (yes.sum() + 2), 1 / ((1 - yes).sum() + 2))
+
+    def printed(log_a: float, b: float) -> float:
+        h = (math.exp(log_a) * odds + b).sigmoid()
+        return -(t * h.log() + (1 - t) * (1 - h).log()).sum().item() + log_a**2 / 2
+
+    a, b = fit_scale_and_shift(odds, yes)
+    least = printed(math.log(a), b)
+    assert all(printed(math.log(a) + x, b + y) >= least - 1e-6 for x in (-0.05, 0, 0.05) for y in (-0.05, 0, 0.05))
 
 
 @pytest.mark.parametrize("size", [20, 400])

@@ -81,6 +81,13 @@ def test_one_point_at_95_percent_needs_299_images():
     assert p_value_of_drop(0, 0, 298, 0.01, DELTA) > DELTA
 
 
+@pytest.mark.parametrize(
+    ("limit", "delta", "images"), [(0.99, 0.01, 1), (0.9, 0.01, 2), (0.5, 0.25, 2), (0.5, 0.24, 3)]
+)
+def test_a_whole_number_of_images_is_not_rounded_up_to_the_next(limit, delta, images):
+    assert images_needed(limit, delta) == images
+
+
 @pytest.mark.parametrize("images", [5, 180, 299])
 def test_the_least_limit_is_that_which_needs_so_many_images(images):
     limit = least_limit(images, DELTA)
