@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from device import seeded
+from device import here, seeded
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -35,7 +35,7 @@ def once(make: Callable[..., ptee.EarlyExitModel]) -> Callable[..., ptee.EarlyEx
 
     @functools.wraps(make)
     def copied(*args: object, **wish: object) -> ptee.EarlyExitModel:
-        return copy.deepcopy(original(torch.get_default_device(), *args, **wish))
+        return copy.deepcopy(original(here(), *args, **wish))
 
     return copied
 
