@@ -315,6 +315,12 @@ def number_of_shared(marks: Tensor, others: Tensor) -> int:
     return int(torch.isin(marks[marks != NO_MARK], others).sum())
 
 
+def number_of_repeats(marks: Tensor) -> int:
+    """How many of these marks (n,) stand there once more. Images of one colour have none, so each of them counts as another."""
+    known = marks[marks != NO_MARK]
+    return len(known) - len(known.unique())
+
+
 def all_over(n: int, most: int) -> list[int]:
     """Some of n places, the first and the last among them."""
     return torch.linspace(0, n - 1, min(most, n), dtype=torch.float64, device="cpu").long().tolist()
