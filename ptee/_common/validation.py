@@ -154,7 +154,7 @@ def checked(
             _give_value(why, given)
             raise
         except RuntimeError as why:
-            if (ended := ended_worker(why)) is None:
+            if (ended := ended_worker(why, given=given.values())) is None:
                 raise
             raise ended from why
 
