@@ -19,7 +19,7 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line, unknown, warn
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.process import lead_nowhere, open_closed, unwritable
-from ptee._common.text import as_shares, one_line, type_name
+from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
@@ -57,6 +57,9 @@ class Runner:
     def __init__(self, manifest: Manifest, pieces: Sequence[Callable[..., Sequence[Array]]], device: str) -> None:
         self.manifest, self.pieces, self.device = manifest, pieces, device
         self._thresholds = self._each(manifest.thresholds)
+
+    def __repr__(self) -> str:
+        return f"Runner({self.manifest.backbone}, {number_of(len(self.manifest.exits), 'exit')}, on {self.device})"
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A misspelt or fixed setting would be taken without a word, and change nothing."""

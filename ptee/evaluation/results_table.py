@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import describe_thresholds, number_of, or_dash, percent, table
+from ptee._common.text import Readable, describe_thresholds, number_of, or_dash, percent, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.traces import Score
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Readable):
     """The numbers of an early-exit model on a data set. Prints as two tables.
 
     Attributes:

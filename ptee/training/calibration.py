@@ -27,7 +27,7 @@ from torch import Tensor
 from ptee._common.errors import Argument, DataError, unknown
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, table
+from ptee._common.text import Readable, number_of, table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.analysis.freezing import device_of
@@ -87,7 +87,7 @@ class ExitCalibration:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Readable):
     """The result of a calibration. Prints as a table.
 
     Attributes:
