@@ -145,6 +145,8 @@ def _is_empty(data: Any) -> bool:
 def _collate(samples: list[Any]) -> Any:
     """A batch of the samples. Where torch cannot make one, the error says what to change in the data set."""
     samples = list(map(_with_one_image, samples))
+    if getattr(_pick(samples[0])[0], "ndim", 0) == 4:
+        raise DataError("The items of this list are whole batches, not images. Give the loader that they come from.")
     try:
         return default_collate(samples)
     except RuntimeError as why:
