@@ -133,16 +133,22 @@ class DeviceError(PteeError):
     """A device that is not there."""
 
 
-def ended_worker(error: BaseException, *more: str | Argument) -> DataError | None:
+def ended_worker(error: BaseException, *more: str | Argument, given: Iterable[Any] = ()) -> DataError | None:
     """The error, with `more` at its end, in place of torch's that a process that loads images has ended; None for any other.
 
-    torch raises its own in a signal handler, so it may come from any line while images are loaded.
+    torch raises its own in a signal handler, so it may come from any line while images are loaded. Among what was `given` to a function may be a loader
+    of the user's own, which has its own number of processes.
     """
     found = ENDED_WORKER.match(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
-    text = f"A process that loads images has ended ({found[1]}), as happens where memory is short. Take fewer of them, or none ("
-    return DataError(text, Argument("num_workers", "0"), ").", *more)
+    why = "memory is short"
+    if "signal" not in found[1]:
+        why += ", or it cannot import a class of a notebook or script (put it into a .py file of its own)"
+    fewer: Advice = (" Take fewer of them, or none (", Argument("num_workers", "0"), ").")
+    if any(isinstance(n := getattr(data, "num_workers", 0), int) and n > 0 for data in given):
+        fewer = (" Make the loader with fewer of them, or none: DataLoader(..., num_workers=0).",)
+    return DataError(f"A process that loads images has ended ({found[1].strip()}): {why}.", *fewer, *more)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -148,5 +148,12 @@ def _finite(value: Any) -> Any:
 
 
 def plain(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON-able values: tuples become lists."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+    """A dataclass as JSON-able values: tuples become lists, also within others."""
+    found: dict[str, Any] = _with_lists(asdict(value))
+    return found
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_lists(each) for key, each in value.items()}
+    return [_with_lists(each) for each in value] if isinstance(value, list | tuple) else value

@@ -6,11 +6,25 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Collection, Sequence
+from typing import Any
 
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # advice to type, on the command line or in Python
 ABOUT_RUN = re.compile(r"\b(ptee [a-z]+ )RUN\b|\b((?:load|save_pretrained)\()RUN\b")
 NO_UTF8 = re.compile(r"[\ud800-\udfff]")  # how Python reads the bytes of a file's name that are not UTF-8
+
+
+class Readable:
+    """What prints as a text for people. As the last line of a notebook's cell it shows that text, too."""
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        """IPython looks at one class after another, and a dataclass has a `__repr__` of its own. So each gets this, too."""
+        super().__init_subclass__(**how)
+        cls._repr_pretty_ = Readable._repr_pretty_  # type: ignore[method-assign]
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython calls, with a printer that takes the text."""
+        printer.text(str(self))
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -46,6 +47,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def whole(value: Any) -> int | None:
+    """A whole number of any kind, such as NumPy's, as Python's own; None for a truth value and for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def is_name(text: Any) -> bool:
@@ -154,7 +163,7 @@ def checked(
             _give_value(why, given)
             raise
         except RuntimeError as why:
-            if (ended := ended_worker(why)) is None:
+            if (ended := ended_worker(why, given=given.values())) is None:
                 raise
             raise ended from why
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ptee._common.errors import Advice, Argument, BackboneError, PteeError, first_line, unknown
 from ptee._common.process import float32_by_default, no_logs, no_pickles, no_stdout, no_warnings
 from ptee._common.text import number_of
-from ptee._common.validation import LARGEST_IMAGE
+from ptee._common.validation import LARGEST_IMAGE, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,10 +215,11 @@ def require_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
 def checked_size(size: Any, argument: str = "input_size") -> tuple[int, int, int]:
     """(c, h, w): three positive whole numbers, of an image that is not too large."""
     is_size = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 3
-    if not is_size or not all(type(side) is int and side > 0 for side in size):
+    c, h, w = (whole(side) or 0 for side in size) if is_size else (0, 0, 0)
+    if min(c, h, w) < 1:
         text = f"An input size is (channels, height, width), such as (3, 224, 224), not {size!r}."
         raise BackboneError(text, argument=argument, value=size)
-    if math.prod(size) > LARGEST_IMAGE:
+    if c * h * w > LARGEST_IMAGE:
         text = f"Images of {' x '.join(map(str, size))} numbers are too large: {LARGEST_IMAGE:,} at most. Give a smaller size."
         raise BackboneError(text, argument=argument, value=size)
-    return (size[0], size[1], size[2])
+    return c, h, w

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ptee._common.errors import BackboneError, PteeError, possible, unknown
-from ptee._common.text import table
+from ptee._common.text import Readable, table
 from ptee.backbones.library import IMAGENET
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def best_front(own: Published, share: float) -> Published | None:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Readable):
     """What else could be taken in place of a network. Prints as a table.
 
     Attributes:

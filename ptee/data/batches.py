@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from numbers import Integral, Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -19,7 +20,7 @@ from ptee._common.errors import DataError, some
 from ptee._common.text import type_name
 
 UNKNOWN_LABEL = -1
-IMAGE_KEYS = ("image", "images", "pixel_values")  # of a mapping
+IMAGE_KEYS, LABEL_KEYS = ("image", "images", "pixel_values"), ("label", "labels")  # of a mapping
 MARKED_VALUES = 4096  # of an image, by which it is known again
 MARK_BYTES = 6
 MARK_LETTERS = 2 * MARK_BYTES
@@ -143,6 +144,9 @@ def _is_empty(data: Any) -> bool:
 
 def _collate(samples: list[Any]) -> Any:
     """A batch of the samples. Where torch cannot make one, the error says what to change in the data set."""
+    samples = list(map(_with_one_image, samples))
+    if getattr(_pick(samples[0])[0], "ndim", 0) == 4:
+        raise DataError("The items of this list are whole batches, not images. Give the loader that they come from.")
     try:
         return default_collate(samples)
     except RuntimeError as why:
@@ -247,11 +251,46 @@ def odd_tensor(x: Tensor) -> str:
 
 def _pick(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
-        images = [batch[key] for key in IMAGE_KEYS if key in batch]
-        labels = [batch[key] for key in ("label", "labels") if key in batch]
-        return next(iter(images), None), next(iter(labels), None)
+        labels = [batch[key] for key in LABEL_KEYS if key in batch]
+        if len(labels) > 1 and not _same_numbers(*labels):
+            raise _two_of("labels", LABEL_KEYS, ", which differ")
+        return batch.get(image_key(batch)), next(iter(labels), None)
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     return (*parts, None)[:2] if len(parts) in (1, 2) else (None, None)
+
+
+def image_key(of: Mapping[str, Any]) -> str | None:
+    """The name of the image in a sample, or of the images in a batch; None if there is none. A picture beside a tensor is not meant."""
+    keys = [key for key in IMAGE_KEYS if key in of]
+    if len(keys) > 1:
+        names = keys
+        keys = [key for key in names if isinstance(of[key], Tensor | np.ndarray)]
+        if len(keys) != 1:
+            raise _two_of("images", names)
+    return next(iter(keys), None)
+
+
+def _same_numbers(one: Any, other: Any) -> bool:
+    try:
+        return torch.equal(*(torch.as_tensor(labels, device="cpu") for labels in (one, other)))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _two_of(what: str, names: Sequence[str], more: str = "") -> DataError:
+    """The error for a mapping in which two things may be meant."""
+    both = " and under ".join(map(repr, names[:2]))
+    return DataError(
+        f"The data has {what} under {both}{more}. Leave one of them out, or give pairs (image tensor, class number)."
+    )
+
+
+def _with_one_image(sample: Any) -> Any:
+    """A sample without the pictures that stand in a mapping beside its image: of these torch makes no batch."""
+    if not isinstance(sample, Mapping) or sum(key in sample for key in IMAGE_KEYS) < 2:
+        return sample
+    own = image_key(sample)
+    return {key: value for key, value in sample.items() if key == own or key not in IMAGE_KEYS}
 
 
 def _class_numbers(labels: Any, b: int) -> Tensor:
@@ -313,6 +352,12 @@ def marks_of(images: Tensor) -> Tensor:
 def number_of_shared(marks: Tensor, others: Tensor) -> int:
     """How many of these marks (n,) are among others (m,)."""
     return int(torch.isin(marks[marks != NO_MARK], others).sum())
+
+
+def number_of_repeats(marks: Tensor) -> int:
+    """How many of these marks (n,) stand there once more. Images of one colour have none, so each of them counts as another."""
+    known = marks[marks != NO_MARK]
+    return len(known) - len(known.unique())
 
 
 def all_over(n: int, most: int) -> list[int]:

@@ -19,11 +19,11 @@ import numpy as np
 from ptee._common.errors import DataError, PteeError, RunError, first_line, unknown, warn
 from ptee._common.files import as_path, require_not_compressed
 from ptee._common.process import lead_nowhere, open_closed, unwritable
-from ptee._common.text import as_shares, one_line, type_name
+from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
-from ptee.exits.config import doubt, require_no_percentage, threshold_numbers, wrong_number
+from ptee.exits.config import ReadThresholds, doubt, require_no_percentage, threshold_numbers, wrong_number
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -58,6 +58,9 @@ class Runner:
         self.manifest, self.pieces, self.device = manifest, pieces, device
         self._thresholds = self._each(manifest.thresholds)
 
+    def __repr__(self) -> str:
+        return f"Runner({self.manifest.backbone}, {number_of(len(self.manifest.exits), 'exit')}, on {self.device})"
+
     def __setattr__(self, name: str, value: Any) -> None:
         """A misspelt or fixed setting would be taken without a word, and change nothing."""
         if not name.startswith("_") and name not in ("manifest", "pieces", "device", "threshold"):
@@ -67,7 +70,7 @@ class Runner:
     @property
     def threshold(self) -> list[float]:
         """T of each exit. Set it at any time, to one number or one for each exit; what may be one is as for `EarlyExitModel`."""
-        return self._thresholds.tolist()
+        return ReadThresholds(self._thresholds.tolist())
 
     @threshold.setter
     def threshold(self, value: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ptee._common.text import number_of, table
+from ptee._common.files import plain
+from ptee._common.text import Readable, number_of, table
 from ptee.evaluation.bottom_line import CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.production.curve import ROUNDING
 from ptee.production.few_images import too_few
@@ -111,7 +112,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Readable):
     """Runs and the alternatives on the same images. Prints as a table.
 
     Attributes:
@@ -178,7 +179,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self) | {"verdict": self.verdict, "bottom_line": self.bottom_line}
+        return plain(self) | {"verdict": self.verdict, "bottom_line": self.bottom_line}
 
     @property
     def legend(self) -> str:

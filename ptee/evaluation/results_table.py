@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ptee._common.clock import noise
-from ptee._common.text import describe_thresholds, number_of, or_dash, percent, table
+from ptee._common.files import plain
+from ptee._common.text import Readable, describe_thresholds, number_of, or_dash, percent, table
 from ptee.evaluation.bottom_line import ACCURATE, CHEAPER, FAITHFUL, Way, bottom_line
 from ptee.model.forward import COLLAPSED
 from ptee.tuning.traces import Score
@@ -54,7 +55,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Readable):
     """The numbers of an early-exit model on a data set. Prints as two tables.
 
     Attributes:
@@ -135,13 +136,7 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        rows = [asdict(row) for row in self.rows]
-        return asdict(self) | {
-            "rows": rows,
-            "off": list(self.off),
-            "verdict": self.verdict,
-            "bottom_line": self.bottom_line,
-        }
+        return plain(self) | {"verdict": self.verdict, "bottom_line": self.bottom_line}
 
     @property
     def verdict(self) -> list[str]:

@@ -30,6 +30,7 @@ from typing import Any
 
 from ptee._common.errors import Advice, Argument, BackboneError, CutError, some, unknown
 from ptee._common.text import as_shares
+from ptee._common.validation import whole
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
 from ptee.analysis.layout import Layout
@@ -138,7 +139,7 @@ class Placer:
         `exits` is a rule, wanted fractions of the backbone's cost, or names of modules. `num_exits` is E; None for as many
         as the rule can place, at most five. `front`: there is an exit at the input, named or not.
         """
-        _require_number(num_exits)
+        num_exits = _checked_number(num_exits)
         named, behind, number = self._split_off_input(exits if self.placed else self._read(exits), num_exits)
         at_input = named or front
         find = self._by_rule if isinstance(behind, str) else self._by_list
@@ -396,11 +397,13 @@ def _name_or_number(part: float | str, names: Sequence[str]) -> float | str:
         return text
 
 
-def _require_number(num_exits: Any) -> None:
-    if num_exits is not None and not isinstance(num_exits, int):
+def _checked_number(num_exits: Any) -> int | None:
+    number = whole(num_exits)
+    if num_exits is not None and number is None:
         raise CutError(f"Cannot place {num_exits!r} exits: give a whole number.", argument="num_exits", value=num_exits)
-    if num_exits is not None and num_exits < 1:
+    if number is not None and number < 1:
         raise CutError(f"Cannot place {num_exits} exits: ask for one at least.", argument="num_exits", value=num_exits)
+    return number
 
 
 def _way(survey: Survey) -> tuple[Any, ...]:

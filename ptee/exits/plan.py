@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptee._common.text import table
+from ptee._common.text import Readable, table
 from ptee.analysis.cut_points import Cut
 from ptee.analysis.macs import count
 from ptee.analysis.parameters import number_of_parameters
@@ -67,7 +67,7 @@ class TimesOfModules(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Readable):
     """Where the exits of a backbone stand and what they cost. Prints as a table.
 
     Attributes:

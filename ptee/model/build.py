@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptee._common.errors import PteeError, RunError, UnknownName, unknown
+from ptee._common.errors import BackboneError, PteeError, RunError, UnknownName, unknown
 from ptee._common.process import alone, own_random_numbers
 from ptee._common.validation import checked, require_arguments
 from ptee.analysis.freezing import freeze
@@ -152,6 +152,9 @@ def load(
         raise unknown("argument of ptee.load", name, known, first=["backbone", "front"])
     run = upgraded(runs.read(folder, **hub))
     (confidence, calibrated), blend = confidence_of(run), blend_of(run)
+    if isinstance(getattr(backbone, "model", backbone), EarlyExitModel):
+        text = "This model has exits already. Give its backbone: ptee.load(..., backbone=model.detach())."
+        raise BackboneError(text, argument="backbone")
     if backbone is not None:
         check_weights(run, backbone)
     if front is not None and run.config.front is None:

@@ -6,7 +6,6 @@ call, also one for each row and exit.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -15,13 +14,15 @@ from torch import Tensor
 from ptee._common.errors import PteeError, unknown, warn
 from ptee._common.process import Lock
 from ptee._common.text import shown
+from ptee._common.validation import whole
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
 from ptee.exits.confidence import Calibrated, find_confidence
-from ptee.exits.config import doubt, not_a_number, threshold_numbers, wrong_number
+from ptee.exits.config import ReadThresholds, doubt, not_a_number, threshold_numbers, wrong_number
 from ptee.exits.plan import Plan
 from ptee.exits.rule import ExitRule
 
 Thresholds = float | Sequence[float] | Tensor
+torch.serialization.add_safe_globals([list])  # thresholds in a file of torch.save are one
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
 
 
@@ -41,7 +42,7 @@ class Settings:
         one whose confidence is not finite: it never leaves. Below 0 is as 0. Raises PteeError for NaN, for what is no number and for a
         wrong number of values. Warns of what was meant as a percentage, such as 70.
         """
-        return list(self._thresholds)
+        return ReadThresholds(self._thresholds)
 
     @threshold.setter
     def threshold(self, value: Thresholds) -> None:
@@ -153,16 +154,14 @@ def exit_numbers(value: int | Sequence[int], exits: int) -> list[int]:
     try:
         if isinstance(value, str):  # else a list of its letters
             raise TypeError("a text")
-        given = [value] if isinstance(value, int) else list(value)
+        one = whole(value)
+        given = list(value) if one is None else [one]  # type: ignore[arg-type]  # a truth value is no list
     except TypeError:
         words = (
             f"Exits that are off are given by their numbers, such as [1], not as {shown(value)}; [] switches all on."
         )
         raise PteeError(words, argument="off", value=value) from None
-    try:
-        numbers = [operator.index(n) for n in given if not isinstance(n, bool)]
-    except TypeError:
-        numbers = []
+    numbers = [number for n in given if (number := whole(n)) is not None]
     if len({n for n in numbers if n in range(exits)}) < len(given):
         text = f"Exits {given} cannot be off: exits have the numbers 0 to {exits - 1}, each once."
         raise PteeError(text, argument="off", value=value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, or_dash, percent, table
+from ptee._common.text import Readable, number_of, or_dash, percent, table
 from ptee.backbones.library import InputConfig
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
@@ -28,7 +28,7 @@ IN_INT8 = "\nThe backbone is that of these files, in int8. ptee export compared 
 
 
 @dataclass(frozen=True)
-class ExportedResults:
+class ExportedResults(Readable):
     """What an exported model answers. Prints as a table.
 
     Attributes:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import DataError, PteeError, first_line
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
-from ptee._common.text import number_of, or_dash, percent, table
+from ptee._common.text import Readable, number_of, or_dash, percent, table
 from ptee._common.writing import free_place
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.pictures import all_broken_named
@@ -41,7 +41,7 @@ FLOAT, INT8 = "float32", "int8"
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Readable):
     """What was written, and how it answers beside float32. Prints as a table.
 
     Attributes:

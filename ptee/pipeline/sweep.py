@@ -14,7 +14,7 @@ from typing import Any
 
 from ptee._common.devices import require_one_process
 from ptee._common.errors import Argument, Interrupted, PteeError, RunError, first_line
-from ptee._common.text import or_dash, table
+from ptee._common.text import Readable, or_dash, table
 from ptee._common.writing import clear_unfinished, write_text
 from ptee.backbones.load import Backbone
 from ptee.backbones.weights import weights_hash
@@ -52,7 +52,7 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Readable):
     """The runs of a sweep. Prints as a table."""
 
     rows: tuple[SweepRow, ...]

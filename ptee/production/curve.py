@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ptee._common.errors import Argument, PteeError
-from ptee._common.text import number_of, table, threshold_words
+from ptee._common.text import Readable, number_of, table, threshold_words
 from ptee._common.validation import LARGEST_LIMIT, FrozenConfig, Name, Number, ReadRecord, Whole
 from ptee.production.few_images import hidden
 
@@ -57,7 +57,7 @@ class Point(ReadRecord):
         return self.cost if self.time_ms is None else self.time_ms
 
 
-class Curve(ReadRecord):
+class Curve(Readable, ReadRecord):
     """The points of one model as it is set: with this confidence, this kind of answers and these exits off. Prints as a table.
 
     Attributes:

@@ -18,7 +18,7 @@ from ptee._common.devices import without_autocast
 from ptee._common.errors import Argument, PteeError, unknown
 from ptee._common.process import Lock
 from ptee._common.text import shown
-from ptee._common.validation import checked, named
+from ptee._common.validation import checked, named, whole
 from ptee.analysis.freezing import one_parameter
 from ptee.deploy.capture import example_images
 from ptee.deploy.check import check_segments
@@ -179,8 +179,7 @@ class OptimizedModel(nn.Module):
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Record the pieces for batches of these sizes now, not when they are first seen."""
-        sizes = list(sizes) if isinstance(sizes, Iterable) else [sizes]
-        self._require_sizes(sizes)
+        sizes = self._checked_sizes(list(sizes) if isinstance(sizes, Iterable) else [sizes])
         with self._lock, _as_recorded(self._example):
             self._keep_up()
             for size in sizes:
@@ -188,17 +187,18 @@ class OptimizedModel(nn.Module):
 
     def memory_for(self, rows: int) -> int:
         """About how many bytes of the GPU recording batches of this size takes; 0 on a CPU, where nothing is recorded."""
-        self._require_sizes([rows])
+        (rows,) = self._checked_sizes([rows])
         with self._lock, _as_recorded(self._example):
             self._keep_up()
             return self._buckets.memory_for(rows)
 
-    def _require_sizes(self, sizes: Sequence[int]) -> None:
-        wrong = [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= self.max_batch]
-        if wrong:
+    def _checked_sizes(self, sizes: Sequence[int]) -> list[int]:
+        numbers = [whole(n) or 0 for n in sizes]
+        if wrong := [n for n, size in zip(sizes, numbers, strict=True) if not 1 <= size <= self.max_batch]:
             raise PteeError(
                 f"Batches have 1 to {self.max_batch} images (max_batch), and {wrong[0]!r} is none of these sizes."
             )
+        return numbers
 
     def _fits(self, x: Any) -> bool:
         like = self._example
@@ -359,7 +359,7 @@ def optimize(
     require_eval(model)
     if mode not in MODES:
         raise unknown("mode", mode, MODES, argument="mode")
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_ROWS:
+    if (most := whole(max_batch)) is None or not 1 <= most <= MAX_ROWS:
         text = f"A batch has 1 to {MAX_ROWS} images; max_batch={max_batch!r} is not possible."
         raise PteeError(text, argument="max_batch", value=max_batch)
     kind = one_parameter(model.backbone).device.type
@@ -379,4 +379,4 @@ def optimize(
     if max_memory is not None and not (isinstance(max_memory, int | float) and 0 < max_memory < math.inf):
         text = " is no number of GiB above 0. Leave it out for no limit."
         raise PteeError(Argument("max_memory", shown(max_memory)), text, argument="max_memory", value=max_memory)
-    return OptimizedModel(model, max_batch, mode, None if max_memory is None else int(max_memory * GIB))
+    return OptimizedModel(model, most, mode, None if max_memory is None else int(max_memory * GIB))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptee._common.devices import best_precision, wait
 from ptee._common.process import own_random_numbers
-from ptee._common.text import table
+from ptee._common.text import Readable, table
 from ptee.analysis.freezing import device_of
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
@@ -48,7 +48,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Readable):
     """What a training takes. Prints as a table.
 
     Attributes:

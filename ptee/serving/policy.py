@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptee._common.text import table
+from ptee._common.text import Readable, table
 from ptee.deploy.runner import Array, as_numpy
 from ptee.serving.pieces import Pieces
 
@@ -19,7 +19,7 @@ ROUNDS, SECONDS = 5, 6.0  # of the measurement of a piece; after the seconds no 
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Readable):
     """What was measured, and what follows from it. Prints as a table.
 
     Attributes:

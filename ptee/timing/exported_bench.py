@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptee._common.clock import ratio, spread
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of
+from ptee._common.text import Readable, number_of
 from ptee.deploy.runner import Array, Runner
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
@@ -44,7 +44,7 @@ lost: / nobody less the limit. Below 0: less than the clock can tell."""
 
 
 @dataclass(frozen=True)
-class ExportedBench:
+class ExportedBench(Readable):
     """Times of an exported model. Prints as a table.
 
     Attributes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, noise, ratio, spread
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, or_dash, table
+from ptee._common.text import Readable, number_of, or_dash, table
 from ptee.analysis.freezing import sparing
 from ptee.deploy.capture import example_images
 from ptee.exits.blend import OWN
@@ -79,7 +79,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class RunBench:
+class RunBench(Readable):
     """Times of a model beside its bare backbone. Prints as a table.
 
     Attributes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptee._common.errors import Argument, PteeError, RunError, unknown
 from ptee._common.text import quoted
+from ptee._common.validation import whole
 from ptee._common.writing import settle
 
 FILE = "times.json"
@@ -25,13 +26,14 @@ def checked_executors(names: Iterable[str]) -> list[str]:
 
 def checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
     """Sizes of batches that can be timed."""
-    for b in batch_sizes:
-        if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= LARGEST_BATCH:
+    sizes = [whole(b) or 0 for b in batch_sizes]
+    for b, size in zip(batch_sizes, sizes, strict=True):
+        if not 1 <= size <= LARGEST_BATCH:
             raise PteeError(
                 f"A batch of {b} images cannot be timed. Give sizes of 1 to {LARGEST_BATCH}, such as ",
                 Argument("batch_sizes", "[1, 32]"), ".", argument="batch_sizes", value=batch_sizes,
             )  # fmt: skip
-    return list(batch_sizes)
+    return sizes
 
 
 def leaving_at_first(b: int) -> dict[str, int]:

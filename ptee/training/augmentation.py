@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ptee._common.errors import Argument, PteeError
-from ptee.data.batches import IMAGE_KEYS
+from ptee.data.batches import image_key
 from ptee.data.named import holds_sided
 from ptee.model.early_exit import EarlyExitModel
 from ptee.training.config import JOINT, TrainingConfig, shift_for
@@ -125,7 +125,7 @@ def _random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
 def _with_image(sample: Any, change: Callable[[Any], Any]) -> Any:
     """The sample with its image changed: the image is the sample, its first item, or has a name in it."""
     if isinstance(sample, Mapping):
-        name = next((key for key in IMAGE_KEYS if key in sample), None)
+        name = image_key(sample)
         return sample if name is None else {**sample, name: change(sample[name])}
     if isinstance(sample, (tuple, list)) and sample:
         return [change(sample[0]), *sample[1:]]

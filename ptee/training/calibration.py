@@ -17,7 +17,7 @@ If n1 images have the answer yes and n0 the answer no, the targets t_i are Platt
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptee._common.errors import Argument, DataError, unknown
+from ptee._common.files import plain
 from ptee._common.process import own_random_numbers
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of, table
+from ptee._common.text import Readable, number_of, table
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.analysis.freezing import device_of
@@ -87,7 +88,7 @@ class ExitCalibration:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Readable):
     """The result of a calibration. Prints as a table.
 
     Attributes:
@@ -102,7 +103,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values."""
-        return asdict(self)
+        return plain(self)
 
     def __str__(self) -> str:
         title = ("exit", "module", "yes", "scale", "shift", "calibrated", "max prob", "base rate")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import Interrupted
-from ptee._common.text import number_of, or_dash, percent, table
+from ptee._common.text import Readable, number_of, or_dash, percent, table
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import COLLAPSED
 from ptee.training.config import ALONE, TrainingConfig
@@ -54,7 +54,7 @@ class Epoch:
 
 
 @dataclass
-class History:
+class History(Readable):
     """What happened in a training. Prints as a table.
 
     Attributes:

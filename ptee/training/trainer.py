@@ -264,7 +264,7 @@ class _Training:
             except RuntimeError as why:
                 if self.accelerator.num_processes > 1 and is_lost(why):
                     raise self._lost(why) from why
-                if (ended := ended_worker(why, *self._kept())) is None:
+                if (ended := ended_worker(why, *self._kept(), given=(train_data, val_data))) is None:
                     raise
                 raise ended from why
         if self.history.has_stalled(self.config.patience) and not self.history.interrupted:

@@ -16,8 +16,9 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ptee._common.errors import Argument, PteeError
+from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.text import number_of
+from ptee.data.batches import number_of_repeats
 from ptee.data.splits import shuffled
 from ptee.exits.blend import MAX_EXITS, Exits, subsets
 from ptee.exits.confidence import leaves
@@ -39,6 +40,7 @@ ODDS = (1e-6, 1e2)  # of a loss, in costs of the backbone: the first and the las
 STEPS, FEW_STEPS = 200, 25  # of a path; of each of several paths
 ORDER_SHARE = 4  # one image of so many says in which order the others test several paths
 LARGER, TRIES = 1.25, 12  # by how much larger limits are tried where nothing could be shown
+MOST_REPEATS = 0.01  # of the rows; data sets hold a few copies
 UP = Context(prec=2, rounding=ROUND_CEILING)  # to two digits
 
 
@@ -88,6 +90,22 @@ def require_unwatched(target: Target, confidence: float | None, patience: int | 
         Argument("confidence", f"{confidence:g}"), f" guarantees. Leave one of the two out. With patience, other images can show it afterwards: {later}, or ptee.tune in Python.",
         argument="patience", value=patience,
     )  # fmt: skip
+
+
+def require_different(marks: Tensor | None) -> None:
+    """Refuse a guarantee by images with these marks (n,) if many of them are there more than once. None: nothing is known of them.
+
+    The tests count each row as another image that was drawn.
+    """
+    repeats = 0 if marks is None else number_of_repeats(marks)
+    if marks is None or repeats <= MOST_REPEATS * len(marks):
+        return
+    n = len(marks)
+    raise DataError(
+        f"A guarantee counts each image once, and these {n:,} rows show {number_of(n - repeats, 'different image')}. Give a data set that has "
+        "each image once, or a loader without a sampler that draws an image twice.",
+        argument="data",
+    )
 
 
 def promised(

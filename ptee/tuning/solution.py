@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ptee._common.text import describe_thresholds, number_of
+from ptee._common.text import Readable, describe_thresholds, number_of
 from ptee.exits.blend import Blend, Exits
 from ptee.production.curve import BARE_TIME
 from ptee.production.few_images import too_few, too_few_for_cost
@@ -19,7 +19,7 @@ RISKY = (
 
 
 @dataclass(frozen=True)
-class Solution:
+class Solution(Readable):
     """Thresholds that were chosen, and what they give on the images that they were chosen on. Prints as text.
 
     Attributes:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.files import as_path, plain
-from ptee._common.text import number_of
+from ptee._common.text import Readable, number_of
 from ptee._common.validation import checked
 from ptee.backbones.weights import recorded_hashes, weights_hash
 from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
@@ -35,7 +35,7 @@ LEAST = 1e-30  # a probability that has no logarithm is taken for this one
 
 
 @dataclass(frozen=True)
-class TraceFolder(RecordedTraces):
+class TraceFolder(Readable, RecordedTraces):
     """The traces of one run, or of several runs of one backbone on the same images. Data of `tune`, `evaluate` and the like."""
 
     folders: tuple[Path, ...]

@@ -23,7 +23,7 @@ from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.production.curve import ROUNDING
 from ptee.tuning.config import EXAMPLES, Target, ThresholdsConfig, below
-from ptee.tuning.guarantee import promised, require_images
+from ptee.tuning.guarantee import promised, require_different, require_images
 from ptee.tuning.operating_points import operating_points
 from ptee.tuning.reachable import Margin, require_right
 from ptee.tuning.solution import Solution
@@ -82,8 +82,8 @@ def tune(
         The thresholds, the exits that are off, and accuracy, fidelity and cost on these data.
 
     Raises:
-        PteeError: if there is not exactly one target, if it cannot be met, or if there are too few images for a guarantee; the
-            message says what can.
+        PteeError: if there is not exactly one target, if it cannot be met, or if there are too few images for a guarantee, or
+            many of them more than once; the message says what can.
     """
     require_early_exit(model)
     config = ThresholdsConfig(
@@ -116,6 +116,8 @@ def _chosen(
         kinds = OWN
     traces = replace(record(model, data, logits=kinds != OWN, own=True, **how), times=times)
     require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
+    if config.confidence is not None:
+        require_different(traces.marks)
     if not trusted:
         require_right(target, traces, model.num_classes)
         if words := unlike_before(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1]):

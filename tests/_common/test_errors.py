@@ -13,7 +13,7 @@ import pytest
 import ptee
 from ptee._common import errors
 from ptee._common import text as tables
-from ptee._common.errors import Argument, PteeError, UnknownName, first_line, possible, some, unknown
+from ptee._common.errors import Argument, PteeError, UnknownName, ended_worker, first_line, possible, some, unknown
 
 KINDS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, PteeError)]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -173,3 +173,19 @@ def test_a_name_in_a_message_steers_no_terminal(kind, hostile):
 
 def test_lines_of_a_message_stay_apart():
     assert str(PteeError("one\n\ttwo")) == "one\n\ttwo"
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("is killed by signal: Killed. ", "(killed by signal: Killed): memory is short. Take fewer"),
+        (
+            "exited unexpectedly with exit code 1. Details are lost.",
+            "(exited unexpectedly with exit code 1): memory is short, or it cannot import a class of a notebook or script (put it into a "
+            ".py file of its own). Take fewer",
+        ),
+    ],
+)
+def test_a_process_that_loads_images_and_ended_by_itself_may_lack_a_class_of_a_notebook(how, why):
+    found = ended_worker(RuntimeError(f"DataLoader worker (pid 17) {how}"))
+    assert str(found) == f"A process that loads images has ended {why} of them, or none (num_workers=0)."

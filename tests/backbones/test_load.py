@@ -269,6 +269,8 @@ def test_a_timm_model_without_classifier_is_refused():
         ({"input_size": None}, r"Tiny does not say .* input_size=\(c, h, w\)"),
         ({"input_size": (3, 32)}, "channels, height, width"),
         ({"input_size": (3, 0, 4)}, "channels, height, width"),
+        ({"input_size": (3, 8, True)}, "channels, height, width"),
+        ({"input_size": (3, 8.0, 8)}, "channels, height, width"),
         ({"input_size": "3,8,8"}, "channels, height, width"),
         ({"num_classes": -1}, "2 to 1,000,000 classes, not -1"),
         ({"num_classes": 0}, "2 to 1,000,000 classes, not 0"),
@@ -294,6 +296,12 @@ def test_what_does_not_go_with_a_users_module_is_refused(given, said):
     one_line(refusal)
     (argument,) = set(given) - {"input_size"} or {"input_size"}
     assert refusal.value.argument == argument
+
+
+def test_an_input_size_of_numpy_s_numbers_is_one_of_whole_numbers():
+    size = load_backbone(Tiny(), input_size=tuple(np.array([3, 16, 16]))).input.input_size
+    assert size == (3, 16, 16)
+    assert [type(side) for side in size] == [int] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

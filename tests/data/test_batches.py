@@ -44,6 +44,11 @@ def test_shuffling_follows_the_generator():
         ),
         ([(IMAGES[0], 2**70)] * 2, "int of 71 bits"),
         ([{"image": IMAGES[0]}, {"images": IMAGES[0]}], "dict with keys image and a dict with keys images"),
+        (
+            [(IMAGES, LABELS), (IMAGES[:2], LABELS[:2])],
+            r"^The items of this list are whole batches, .*Give the loader that they come from\.$",
+        ),
+        ([{"image": IMAGES, "label": LABELS}] * 2, "whole batches"),
         ([(IMAGES[0], 0), (IMAGES[0][:, 1:], 0)], r"differ in size.*resize all images.*one class number"),
         ([(IMAGES[0], torch.zeros(1)), (IMAGES[0], torch.zeros(2))], "images or labels of the data set differ in size"),
     ],
@@ -53,6 +58,8 @@ def test_shuffling_follows_the_generator():
         "no label for some",
         "a label of 71 bits",
         "other keys",
+        "batches, the last of which is smaller",
+        "batches of one size",
         "images of several sizes",
         "labels of several sizes",
     ],
@@ -131,12 +138,27 @@ def test_other_data_is_refused_by_name(data, words):
         (IMAGES, LABELS.tolist()),
         {"image": IMAGES, "label": LABELS},
         {"pixel_values": IMAGES, "labels": LABELS, "index": LABELS},
+        {"image": [picture()] * 5, "pixel_values": IMAGES, "labels": LABELS},
+        {"image": IMAGES, "label": LABELS, "labels": LABELS.tolist()},
     ],
 )
 def test_a_batch_with_labels_is_split(batch):
     images, labels = split_batch(batch)
     assert images is IMAGES
     assert labels.dtype == torch.int64 and torch.equal(labels, LABELS.cpu())
+
+
+def test_a_picture_that_a_transform_left_beside_its_tensor_is_no_image():
+    samples = [{"image": picture(), "pixel_values": x, "label": int(y)} for x, y in zip(IMAGES, LABELS, strict=True)]
+    images, labels = split_batch(next(iter(batches(samples, batch_size=5, shuffle=False))))
+    assert torch.equal(images, IMAGES)
+    assert torch.equal(labels, LABELS.cpu())
+
+
+def test_samples_with_two_images_are_refused_by_name():
+    samples = [{"image": x, "images": x} for x in IMAGES]
+    with pytest.raises(DataError, match="images under 'image' and under 'images'"):
+        next(iter(batches(samples, batch_size=5, shuffle=False)))
 
 
 @pytest.mark.parametrize("batch", [IMAGES, (IMAGES,), [IMAGES], {"images": IMAGES}, (IMAGES, None)])
@@ -150,6 +172,15 @@ def test_a_batch_without_labels_has_none(batch):
         ((IMAGES, LABELS, LABELS), "tuple (Tensor (5, 3, 4, 4) float32, Tensor (5,) int64, Tensor"),
         ((IMAGES[0], LABELS), "tuple (Tensor (3, 4, 4) float32"),
         ({"x": IMAGES}, "dict with keys x"),
+        (
+            {"image": IMAGES, "pixel_values": IMAGES},
+            "The data has images under 'image' and under 'pixel_values'. Leave one of them out, or give pairs (image tensor, class number).",
+        ),
+        (
+            {"image": IMAGES, "label": LABELS, "labels": 1 - LABELS},
+            "The data has labels under 'label' and under 'labels', which differ. Leave one of them out",
+        ),
+        ({"image": IMAGES, "label": ["a"] * 5, "labels": LABELS}, "under 'label' and under 'labels', which differ."),
         ([], "list ()"),
         ("text", "it is a str"),
         ((IMAGES, LABELS[:3]), "The labels of 5 images should be 5 class numbers, but they are a Tensor (3,) int64"),

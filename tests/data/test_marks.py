@@ -7,7 +7,7 @@ import torch
 from device import seeded
 from torch import Tensor
 
-from ptee.data.batches import NO_MARK, marks_in, marks_of, number_of_shared, sample_of_marks
+from ptee.data.batches import NO_MARK, marks_in, marks_of, number_of_repeats, number_of_shared, sample_of_marks
 
 
 def drawn(n: int, size: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
@@ -46,6 +46,12 @@ def test_an_image_of_one_value_is_like_too_many_others_and_has_no_mark():
     marks = torch.cat([marks_of(blank), marks_of(drawn(3))])
     assert number_of_shared(marks, marks) == 3
     assert len(marks_in(sample_of_marks(marks))) == 3
+
+
+def test_images_that_stand_there_once_more_are_counted_but_not_those_of_one_colour():
+    marks = marks_of(torch.cat([drawn(5), drawn(3), torch.zeros(4, 3, 32, 32)]))
+    assert number_of_repeats(marks) == 3
+    assert number_of_repeats(marks_of(drawn(5))) == 0
 
 
 def test_a_sample_is_a_text_of_a_few_marks_whatever_the_order():

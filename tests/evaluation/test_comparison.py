@@ -262,6 +262,7 @@ def test_no_loss_on_a_few_images_is_uncertain_unless_no_image_leaves():
 
 def test_a_comparison_can_be_written_as_json():
     back = json.loads(json.dumps(usual().to_dict()))
+    assert usual().to_dict() == back, "lists, which other libraries read, and no tuples"
     assert [each["name"] for each in back["lines"]] == [each.name for each in usual().lines]
     assert back["lines"][0]["entries"][0].keys() >= {"allowed", "cost", "drop", "interval", "threshold", "off"}
     assert back["verdict"] == usual().verdict

@@ -211,6 +211,7 @@ def test_a_model_in_half_precision_is_evaluated():
 def test_results_can_be_written_as_json():
     results = evaluate(made(), TensorDataset(*labelled()), speed=False, about="Noise.")
     values = json.loads(json.dumps(results.to_dict()))
+    assert results.to_dict() == values
     assert values["rows"][1]["module"] == "0"
     assert values["leaving"] == results.leaving
     assert values["about"] == "Noise."

@@ -218,6 +218,7 @@ def test_an_exit_behind_an_identity_costs_what_was_there_before_it():
     [
         ("linear", 3, [0, 1, 2]),
         ("linear", 1, [1]),
+        ("golden", np.int64(2), [1, 2]),
         ("golden", 2, [1, 2]),
         ("pareto", 1, [0]),
         ("pareto", 2, [0, 1]),
@@ -384,6 +385,12 @@ def test_arrays_are_lists(given):
 def test_a_number_that_is_no_fraction_is_refused(given):
     with pytest.raises(CutError, match="neither names of modules nor fractions"):
         plan(given)
+
+
+@pytest.mark.parametrize("number", [True, np.True_, 2.0, "2"], ids=repr)
+def test_a_number_of_exits_is_a_whole_number(number):
+    with pytest.raises(CutError, match="give a whole number"):
+        plan("linear", number)
 
 
 @each_rule

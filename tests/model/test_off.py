@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from device import seeded
@@ -113,13 +114,13 @@ def test_a_saved_run_remembers(model, x, tmp_path):
     assert back.costs == model.costs
 
 
-@pytest.mark.parametrize("off", [[3], [-1], [0, 0], [True], [0.5]])
+@pytest.mark.parametrize("off", [[3], [-1], [0, 0], [True], [np.True_], [0.5]])
 def test_what_is_no_exit_cannot_be_off(model, off):
     with pytest.raises(PteeError, match="0 to 2, each once"):
         model.off = off
 
 
-@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(1), "all", "1"], ids=str)
+@pytest.mark.parametrize("off", [None, 0.5, torch.tensor(0.5), True, "all", "1"], ids=str)
 def test_exits_that_are_off_are_given_by_number(model, off):
     with pytest.raises(PteeError, match=r"Exits that are off are given by their numbers, such as .1., not as"):
         model.off = off
@@ -136,8 +137,12 @@ def test_training_and_calibration_need_all_exits_on(model, x, off):
 def test_any_whole_numbers_will_do(model):
     model.off = torch.tensor([1, 2])
     assert model.off == (1, 2)
-    model.off = 0
-    assert model.off == (0,)
+    model.off = [np.int64(2)]
+    assert model.off == (2,)
+    for one in (0, np.int64(0), torch.tensor(0)):
+        model.off = one
+        assert model.off == (0,)
+        assert type(model.off[0]) is int
 
 
 def test_traces_are_of_all_exits_and_the_table_of_those_that_are_on(model, x):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import small
 import timm
 import torch
 from device import seeded
@@ -647,6 +648,16 @@ def test_an_error_about_an_exit_names_the_run(key, value, folder, net):
 def test_a_backbone_that_is_no_module_is_refused(backbone, folder):
     with pytest.raises(BackboneError, match=f"{backbone}.*is no module.*timm.create_model"):
         ptee.load(folder, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    "made_of",
+    [lambda model: model, lambda model: ptee.optimize(model, mode="eager")],
+    ids=["a model", "an optimized one"],
+)
+def test_a_backbone_that_has_exits_already_is_to_be_detached(made_of, folder):
+    with pytest.raises(BackboneError, match=r"^This model has exits already\..*backbone=model\.detach\(\)\)\.$"):
+        ptee.load(folder, backbone=made_of(small.made()))
 
 
 def test_other_weights_are_refused_with_both_hashes(folder, net):

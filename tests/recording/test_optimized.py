@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import slow
@@ -604,6 +605,12 @@ def test_without_a_compiler_it_is_said_what_to_install_or_which_mode_to_take(tmp
     assert one == again
     assert "C++ compiler" in one
     assert one.endswith("Install that, or give mode='eager'.")
+
+
+def test_sizes_of_batches_may_be_numpy_s_whole_numbers():
+    fast = ptee.optimize(made(), max_batch=np.int64(4), mode="eager")
+    assert type(fast.max_batch) is int
+    fast.warm_up(np.array([1, 4]))
 
 
 def test_a_setting_that_is_mistyped_is_refused_as_of_the_model_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from device import here
@@ -11,6 +12,7 @@ from measured import values
 from small import made
 
 from ptee._common.errors import PteeError, RunError
+from ptee.timing.settings import checked_sizes
 from ptee.timing.times import LARGEST_FILE, Times, device_name, read_times, save_times, sizes_to_measure
 
 
@@ -127,3 +129,11 @@ def test_times_of_something_else_are_refused_by_name(change, said):
 @pytest.mark.parametrize(("sizes", "rows"), [([1], [1]), ([1, 8], [1, 2, 3, 4, 6, 8]), ([5], [1, 2, 3, 4, 5])], ids=str)
 def test_there_are_two_numbers_of_rows_for_each_doubling(sizes, rows):
     assert sizes_to_measure(sizes) == rows
+
+
+def test_sizes_to_time_may_be_numpy_s_whole_numbers_and_no_truth_values():
+    sizes = checked_sizes(np.array([1, 32]))
+    assert sizes == [1, 32]
+    assert [type(b) for b in sizes] == [int, int]
+    with pytest.raises(PteeError, match="A batch of True images cannot be timed"):
+        checked_sizes([True])

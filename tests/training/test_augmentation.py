@@ -112,6 +112,7 @@ KINDS = {
     "a list of one": lambda x: [x],
     "the image": lambda x: x,
     "a mapping": lambda x: {"label": 1, "pixel_values": x},
+    "a mapping with the picture": lambda x: {"label": 1, "image": "a picture", "pixel_values": x},
 }
 
 

@@ -464,6 +464,26 @@ def test_a_process_that_loads_images_and_is_killed_is_told_with_what_to_do(cache
         fit(made(), Killing(20), cache=cache)
 
 
+class EndedLoader:
+    """A loader of a user's, whose processes are killed."""
+
+    num_workers = 2
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[Any]:
+        yield images()[:20], labels()[:20]
+        raise RuntimeError("DataLoader worker (pid(s) 17) exited unexpectedly")
+
+
+@pytest.mark.parametrize("act", [fit, ptee.evaluate], ids=["training", "evaluation"])
+def test_of_a_loader_of_the_user_s_own_it_is_said_to_make_it_with_fewer_processes(act):
+    said = r"Make the loader with fewer of them, or none: DataLoader\(\.\.\., num_workers=0\)\.$"
+    with pytest.raises(DataError, match=said):
+        act(made(), EndedLoader())
+
+
 def test_where_epochs_are_kept_a_killed_process_is_told_with_how_to_go_on(tmp_path):
     data = Killing()
     checkpoint = tmp_path / "checkpoint.safetensors"

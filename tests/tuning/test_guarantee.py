@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import populations
 import pytest
+import small
 import torch
 from populations import NEVER, POPULATIONS, draw, population, truth
 from scipy.stats import binom
 from small import made
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import ptee
-from ptee._common.errors import PteeError
+from ptee._common.errors import DataError, PteeError
 from ptee.tuning.config import Promise, Target, ThresholdsConfig
 from ptee.tuning.guarantee import promised, require_images
 from ptee.tuning.p_values import p_value_of_drop
@@ -281,3 +283,32 @@ def test_tune_sets_the_thresholds_that_are_guaranteed():
     with pytest.raises(PteeError, match="needs at least 230 images, and 120 images are there"):
         ptee.tune(model, data, max_fidelity_drop=0.01, confidence=0.9)
     assert model.threshold == before
+
+
+def many_times(images: int, rows: int) -> DataLoader:
+    """A loader as made for a training: it draws each image many times."""
+    data = TensorDataset(torch.rand(images, *small.SIZE))
+    return DataLoader(data, 50, sampler=WeightedRandomSampler(torch.ones(images), rows))
+
+
+def test_a_guarantee_by_the_same_images_many_times_is_refused_and_leaves_the_thresholds_as_they_were():
+    model, loader = made(), many_times(1, 1000)
+    model.threshold = [0.3, 0.6]
+    said = r"^A guarantee counts each image once, and these 1,000 rows show 1 different image\. Give a data set that has each image once, or a loader without a sampler that draws an image twice\.$"
+    with pytest.raises(DataError, match=said):
+        ptee.tune(model, loader, max_fidelity_drop=0.4, confidence=0.9)
+    assert model.threshold == [0.3, 0.6]
+    ptee.tune(model, loader, max_fidelity_drop=0.4)  # on average, it is the user's choice
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["a copy of one in a hundred", "copies of more"])
+def test_a_few_copies_in_a_data_set_are_no_reason_to_refuse(copies):
+    x = torch.rand(100 - copies, *small.SIZE)
+    data = TensorDataset(torch.cat([x, x[:copies]]))
+    with pytest.raises(DataError, match="100 rows show 98 different images") if copies == 2 else nullcontext():
+        ptee.tune(made(), data, max_fidelity_drop=0.4, confidence=0.9)
+
+
+def test_blank_images_cannot_be_told_apart_and_are_taken_for_different_ones():
+    data = TensorDataset(torch.rand(100, 1, 1, 1).expand(100, *small.SIZE))
+    ptee.tune(made(), data, max_fidelity_drop=0.4, confidence=0.9)
