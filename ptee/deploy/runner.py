@@ -23,7 +23,7 @@ from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
-from ptee.exits.config import ReadThresholds, doubt, require_no_percentage, threshold_numbers, wrong_number
+from ptee.exits.config import doubt, require_no_percentage, threshold_numbers, wrong_number
 
 Array = Any  # of numpy for ONNX, of torch for pt2
 
@@ -70,7 +70,7 @@ class Runner:
     @property
     def threshold(self) -> list[float]:
         """T of each exit. Set it at any time, to one number or one for each exit; what may be one is as for `EarlyExitModel`."""
-        return ReadThresholds(self._thresholds.tolist())
+        return self._thresholds.tolist()
 
     @threshold.setter
     def threshold(self, value: Any) -> None:

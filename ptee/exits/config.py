@@ -130,32 +130,6 @@ def require_confidence(name: str | None) -> None:
         raise unknown("confidence", str(name), CONFIDENCES, argument="confidence")
 
 
-class ReadThresholds(list[float]):
-    """Thresholds as a model hands them out: a copy. To change a part of it would change no model, so that is refused."""
-
-    def __setitem__(self, place: Any, value: Any) -> None:
-        wanted = list(self)
-        wanted[place] = value
-        raise _is_a_copy(wanted)
-
-    def __delitem__(self, place: Any) -> None:
-        raise _is_a_copy(self)
-
-    def __iadd__(self, value: Any) -> Self:  # type: ignore[override, misc]  # of no value
-        raise _is_a_copy(self)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[type[list[float]], tuple[list[float]]]:
-        """What is copied or pickled is a list as any other."""
-        return list, ([*self],)
-
-
-def _is_a_copy(wanted: Sequence[float]) -> PteeError:
-    given = ", ".join(f"{t!s:.60}" for t in wanted)
-    return PteeError(
-        f"Thresholds are read as a copy, and to change a part of it changes no model. Set all of them: model.threshold = [{given}]."
-    )
-
-
 def threshold_numbers(value: Any) -> Any:
     """Thresholds as numpy's array of float64: a number, or lists, arrays or tensors of them. Any number is a threshold but NaN.
 

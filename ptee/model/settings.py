@@ -17,12 +17,11 @@ from ptee._common.text import shown
 from ptee._common.validation import whole
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
 from ptee.exits.confidence import Calibrated, find_confidence
-from ptee.exits.config import ReadThresholds, doubt, not_a_number, threshold_numbers, wrong_number
+from ptee.exits.config import doubt, not_a_number, threshold_numbers, wrong_number
 from ptee.exits.plan import Plan
 from ptee.exits.rule import ExitRule
 
 Thresholds = float | Sequence[float] | Tensor
-torch.serialization.add_safe_globals([list])  # thresholds in a file of torch.save are one
 DEFAULT_THRESHOLD = 0.5  # PTEENet's
 
 
@@ -42,7 +41,7 @@ class Settings:
         one whose confidence is not finite: it never leaves. Below 0 is as 0. Raises PteeError for NaN, for what is no number and for a
         wrong number of values. Warns of what was meant as a percentage, such as 70.
         """
-        return ReadThresholds(self._thresholds)
+        return list(self._thresholds)
 
     @threshold.setter
     def threshold(self, value: Thresholds) -> None:

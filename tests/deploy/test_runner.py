@@ -68,14 +68,6 @@ def test_an_exported_model_says_in_one_line_what_it_is(exported):
     assert repr(ptee.load_exported(exported)) == "Runner(Sequential, 2 exits, on cpu)"
 
 
-def test_a_part_of_an_exported_model_s_thresholds_is_not_set_in_a_copy_but_refused(exported):
-    runner = ptee.load_exported(exported)
-    runner.threshold = [0.9, 0.7]
-    with pytest.raises(PteeError, match=r"model\.threshold = \[0\.9, 0\.8\]\.$"):
-        runner.threshold[1] = 0.8
-    assert runner.threshold == [0.9, 0.7]
-
-
 def test_a_device_of_torch_will_do(exported):
     x = torch.randn(2, *SIZE, generator=drawn(0), device="cpu")
     runner = ptee.load_exported(exported, torch.device("cpu"))

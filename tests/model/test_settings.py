@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import pickle
 from decimal import Decimal
 from typing import Any
 
@@ -14,7 +11,6 @@ import torch
 from small import labelled, made
 from torch import Tensor
 
-import ptee
 from ptee._common.errors import PteeError
 from ptee.model.settings import for_each_exit, for_each_row
 
@@ -41,34 +37,6 @@ FORMS = {
 
 def images() -> Tensor:
     return labelled(b)[0]
-
-
-@pytest.mark.parametrize(
-    "model", [made, lambda: ptee.optimize(made().eval(), mode="eager")], ids=["a model", "an optimized one"]
-)
-def test_a_part_of_the_thresholds_is_not_set_in_a_copy_but_refused_with_what_to_type(model):
-    model = model()
-    model.threshold = [0.9, 0.7]
-    said = r"^Thresholds are read as a copy.*Set all of them: model\.threshold = \[0\.8, 0\.7\]\.$"
-    with pytest.raises(PteeError, match=said):
-        model.threshold[0] = 0.8
-    with pytest.raises(PteeError, match=r"model\.threshold = \[0\.9, 0\.7\]\.$"):
-        del model.threshold[0]
-    with pytest.raises(PteeError, match=r"model\.threshold = \[0\.9, 0\.7\]\.$"):
-        model.threshold += 0.1
-    assert model.threshold == [0.9, 0.7]
-
-
-def test_thresholds_that_are_read_are_a_list_for_all_else(tmp_path):
-    model = made()
-    model.threshold = [0.9, 0.7]
-    read = model.threshold
-    torch.save({"T": read}, tmp_path / "T.pt")
-    copies = [copy.deepcopy(read), pickle.loads(pickle.dumps(read)), json.loads(json.dumps(read)), read[:], list(read)]
-    for found in [*copies, torch.load(tmp_path / "T.pt")["T"]]:
-        assert type(found) is list
-        assert found == read == [0.9, 0.7]
-    found[0] = 0.8  # which is the user's own
 
 
 @pytest.mark.parametrize("form", FORMS)
