@@ -75,7 +75,7 @@ def no_autocast(device: torch.device) -> Iterator[None]:
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
     """No autocast holds on this kind of device. Nothing is done where it is off already: to switch it takes longer than to look.
 
-    A graph that is captured meanwhile is told in any case, as it may run inside of an autocast.
+    A graph that torch.export or torch.compile captures meanwhile is told in any case, as it may run inside of an autocast.
     """
     told = torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()
     return torch.autocast(kind, enabled=False) if told else nullcontext()

@@ -195,8 +195,9 @@ def possible(name: str, choices: Iterable[str], *, first: Sequence[str] = (), mo
 def _near(name: str, choices: Sequence[str]) -> list[str]:
     """What is spelt like it but for case and _; else first the shortest choice that ends with _ or a point and the name, then those that begin with it, then those of similar spelling."""
     asked, spelt = _letters(name), {_letters(choice): choice for choice in reversed(choices)}
-    if (here := called_here(name)) in choices:
-        return [here]
+    for here in (called_here(name), ELSEWHERE.get(_letters(name.rpartition(".")[2]), "")):
+        if here in choices:
+            return [here]
     if asked in spelt:
         return [spelt[asked]]
     begin = sorted((c for c in spelt if asked and c.startswith(asked)), key=lambda c: (len(c), c))

@@ -73,10 +73,8 @@ def percent(share: float, digits: int = 1) -> str:
     >>> percent(0.25), percent(0.9996), percent(0.9996, 2), percent(0.001, 0), percent(1)
     ('25.0%', '>99.9%', '99.96%', '<1%', '100.0%')
     """
-    share, least = (
-        round(share, 9) + 0.0,
-        10 ** -(digits + 2),
-    )  # differences are none but for rounding; + 0.0 takes a minus off
+    share = round(share, 9) + 0.0  # a difference may be none but for rounding; + 0.0 takes its minus off
+    least = 10 ** -(digits + 2)
     text = f"{share:.{digits}%}"
     if 0 < share < 1 and float(text[:-1]) in (0, 100):
         return f"<{least:.{digits}%}" if share < least else f">{1 - least:.{digits}%}"

@@ -123,6 +123,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
             super().__init__(module, example)
             self.operators: list[_Operator] = []
             self.hidden: list[str] = []  # names of code that is not traced
+            self.seen = 0  # multiply-accumulates that torch's count sees, too
             for op, handle in (self._op_handles | HANDLES | {"aten::batch_norm": _batch_norm_macs}).items():
                 self.set_op_handle(op, self._noting(op, handle))
 
@@ -131,6 +132,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
                 found = handle(inputs, outputs)
                 macs = sum(found.values()) if isinstance(found, dict) else found
                 self._note(outputs[0].node(), int(macs), op in PRODUCTS)
+                self.seen += int(macs) * _is_seen(op, inputs)
                 return found
 
             return note
@@ -148,15 +150,15 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
     try:
         with no_warnings, _PlainRepeats():  # fvcore would switch warnings off itself, but for other threads too
             analysis.total()
-    except RuntimeError as why:
+    except (RuntimeError, AssertionError, TypeError) as why:  # the last two where fvcore meets what it does not expect
         if isinstance(why, torch.OutOfMemoryError):
             raise
         raise BackboneError(_not_traced(type(module).__name__, why)) from why
-    _refuse_hidden(module, example, analysis.hidden, sum(op.macs for op in analysis.operators if op.product))
+    _refuse_hidden(module, example, analysis.hidden, analysis.seen)
     return analysis.operators
 
 
-def _not_traced(kind: str, why: RuntimeError) -> str:
+def _not_traced(kind: str, why: Exception) -> str:
     """What to do about code that torch.jit cannot trace."""
     for words, maker in COMPILED.items():
         if words in str(why):
@@ -212,23 +214,27 @@ def _hidden(node: Any) -> list[str]:
     return [] if known else [node.kind()]
 
 
+def _is_seen(op: str, inputs: list[Any]) -> bool:
+    """Whether torch's count sees these products, if recurrent layers run without oneDNN and cuDNN."""
+    return op in PRODUCTS - UNSEEN and not (op in BY_VECTORS and any(len(_shape(factor)) < 2 for factor in inputs[:2]))
+
+
 def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: int) -> None:
     """Refuse code that is not seen and may compute products: more run than the `macs` that were counted, or nobody knows."""
     if not hidden:
         return
-    # torch's count sees into all but custom operators and fused attention
-    with sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
+    # torch's count sees into all but custom operators, fused attention and recurrent layers of oneDNN and cuDNN
+    plain = (torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False))
+    with no_warnings, plain[0], plain[1], sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
         module(example)
     own = {*hidden} - HIDING
     if any("::" in name for name in own) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
         advice = (
             "call plain functions and modules of PyTorch, without torch.jit, autograd.Function and custom operators"
-            if own
-            else "multiply two matrices at a time, with @"
         )
         raise BackboneError(
             f"{type(module).__name__} calls code whose multiply-accumulates cannot be counted ({some(list(dict.fromkeys(hidden)))}). "
-            f"Let it {advice}."
+            f"Let it {advice if own else 'multiply two matrices at a time, with @'}."
         )
 
 
@@ -245,9 +251,9 @@ def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """q k^T and its product with v: q (..., l, d), k (..., s, d), v (..., s, e)."""
-    *batch, length, depth = _shape(inputs[0])
-    source, value_depth = _shape(inputs[2])[-2:]
+    """q k^T and its product with v: q (..., l, d), k (..., s, d), v (..., s, e), of which one may serve several of another."""
+    *batch, length, value_depth = _shape(outputs[0])
+    source, depth = _shape(inputs[1])[-2:]
     return prod(batch) * length * source * (depth + value_depth)
 
 
@@ -262,7 +268,7 @@ def _tokens_convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _product_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """a @ b, and a vector in place of either: each number of the output is a sum over the last axis of a."""
+    """a @ b, and a vector in place of either, and a linear layer: each number of the output is a sum over the last axis of a."""
     return prod(_shape(outputs[0])) * _shape(inputs[0])[-1]
 
 
@@ -303,15 +309,24 @@ HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "aten::scaled_dot_product_attention": _attention_macs,
     "aten::_convolution_mode": _convolution_macs,
     "aten::conv_tbc": _tokens_convolution_macs,
-    **dict.fromkeys(("aten::matmul", "aten::mv", "aten::dot", "aten::vdot"), _product_macs),
-    **dict.fromkeys(("aten::addmv", "aten::addbmm", "aten::baddbmm"), _added_product_macs),
+    **dict.fromkeys(
+        ("aten::matmul", "aten::linear", "aten::mv", "aten::dot", "aten::vdot", "aten::_int_mm"), _product_macs
+    ),
+    **dict.fromkeys(("aten::addmm", "aten::addmv", "aten::addbmm", "aten::baddbmm"), _added_product_macs),
+    **dict.fromkeys(("aten::addmm_", "aten::addmv_", "aten::addbmm_", "aten::baddbmm_"), _added_product_macs),
     **dict.fromkeys(("aten::tensordot", "aten::inner"), _tensordot_macs),
     "aten::bilinear": _bilinear_macs,
     **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent_macs),
     **dict.fromkeys(("aten::lstm_cell", "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell"), _cell_macs),
 }
 # Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
-PRODUCTS = {"aten::_convolution", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::einsum", *HANDLES}
+PRODUCTS = frozenset({"aten::_convolution", "aten::mm", "aten::bmm", "aten::einsum", *HANDLES})
+# What torch's own count leaves out: these, and products of which one factor is a vector.
+UNSEEN = frozenset({
+    "aten::mv", "aten::dot", "aten::vdot", "aten::addmv", "aten::addmv_", "aten::addbmm", "aten::addbmm_", "aten::bilinear",
+    "aten::conv_tbc", "aten::_int_mm",
+})  # fmt: skip
+BY_VECTORS = frozenset({"aten::matmul", "aten::linear", "aten::inner", "aten::tensordot"})
 
 
 @contextmanager

@@ -44,8 +44,11 @@ def is_sided(name: str) -> bool:
 
 def holds_sided(data_set: Any) -> bool:
     """Whether a data set from Python is one of these, such as `torchvision.datasets.MNIST`, or a subset of one, or made of some."""
-    inner = getattr(data_set, "datasets", None) or ([data_set.dataset] if hasattr(data_set, "dataset") else [])
-    return is_sided(type(data_set).__name__) or any(holds_sided(each) for each in inner)
+    from torch.utils.data import ConcatDataset, Subset
+
+    if isinstance(data_set, ConcatDataset):
+        return any(map(holds_sided, data_set.datasets))
+    return holds_sided(data_set.dataset) if isinstance(data_set, Subset) else is_sided(type(data_set).__name__)
 
 
 def _list_digits(_: int) -> Listing:

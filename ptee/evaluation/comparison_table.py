@@ -263,7 +263,7 @@ with the final weights: those of blended answers were fitted to the calibration 
 another drop there: each image is answered with weights that were fitted to the others."""
 TRUNCATION = "truncation: the backbone cut off at an exit. Exits that are no better than a cheaper one are left out."
 ORACLE = """\
-oracle: every image leaves at the first exit that agrees with the backbone. Exits that do not pay even so are off. No real
+oracle: every image leaves at the first exit that agrees with the backbone. Exits that cost more than they save are off. No real
 confidence can know that."""
 SENTENCES = """\
 The sentences below the table name what stays within a drop on the calibration images and on the report images. As the latter take part in

@@ -76,7 +76,7 @@ class Results(Readable):
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.
         outcome: how the target of the thresholds fares on these data, in a sentence; else empty.
-        loses_too_much: more is lost on these data than that target allows.
+        loses_too_much: whether more is lost on these data than that target allows; None if it is none of a loss, or not known.
         asked: what the calibrated confidence is the probability of, which the calibration error is about: "the backbone's answer", or
             empty if that is what is right.
         by_time: the thresholds were chosen by seconds.
@@ -98,7 +98,7 @@ class Results(Readable):
     truncation: tuple[Score, ...] = ()
     off: tuple[int, ...] = ()
     outcome: str = ""
-    loses_too_much: bool = False
+    loses_too_much: bool | None = None
     asked: str = ""
     for_fidelity: bool = False
     by_time: bool = False
@@ -262,10 +262,10 @@ def _collapsed(results: Results) -> str:
 
 
 def _differs(results: Results) -> str:
-    """Many answers differ from the backbone's, and they are not better ones."""
+    """Many answers differ from the backbone's, they are not better ones, and nobody allowed it."""
     backbone, own = results.rows[0], results.early_exit
     better = own.accuracy is not None and backbone.accuracy is not None and own.accuracy >= backbone.accuracy
-    if 1 - own.fidelity <= MANY_DIFFER or better:
+    if 1 - own.fidelity <= MANY_DIFFER or better or results.loses_too_much is False:
         return ""
     accuracy = "" if own.accuracy is None else f" (accuracy {own.accuracy:.4f} instead of {backbone.accuracy:.4f})"
     return f"{percent(1 - own.fidelity)} of the answers differ from the backbone's{accuracy}. Raise T, choose T for a smaller loss, or train longer."

@@ -417,8 +417,8 @@ def _measure(
     odd = [*results.verdict, *doubts, *filter(None, [results.seen])]
     if found is not None:
         outcome, missed = describe_outcome(found, results.to_dict())
-        results = replace(results, outcome=outcome, loses_too_much=missed and found.target.kind != "max_cost")
-        odd += [outcome] * missed
+        results = replace(results, outcome=outcome, loses_too_much=None if found.target.kind == "max_cost" else missed)
+        odd += [outcome] * bool(missed)
     job.log("\n".join(["", *filter(None, [lacking]), *doubts, str(results)]) + f"\n\n{results.legend}" * job.explain)
     model.results = (model.results or {}) | results.to_dict()
     return odd

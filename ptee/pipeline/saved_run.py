@@ -224,7 +224,7 @@ def tune_run(
     except KeyboardInterrupt as why:
         raise Interrupted(f"The run in {folder} is as it was, with the thresholds that it had.") from why
     outcome, missed = describe_outcome(found, results.to_dict())
-    results = replace(results, outcome=outcome, loses_too_much=missed and target.kind != "max_cost")
+    results = replace(results, outcome=outcome, loses_too_much=None if target.kind == "max_cost" else missed)
     log(f"\n{results}" + f"\n\n{results.legend}" * explain)
     model.results = (model.results or {}) | results.to_dict()
     if not keep:

@@ -34,7 +34,7 @@ class Slider:
 WAYS = (
     'The lines: a run by its own thresholds, one for each exit. "one T": the same for all exits. "max probability", "entropy": with that as '
     'the confidence instead of the run\'s own. "patience": an image leaves when enough exits in a row agree. "oracle": every image leaves at the first '
-    'exit that agrees with the backbone, which nothing can know beforehand; exits that do not pay even so are off. "truncation": the backbone cut off at an exit, for every image.'
+    'exit that agrees with the backbone, which nothing can know beforehand; exits that cost more than they save are off. "truncation": the backbone cut off at an exit, for every image.'
 )
 CHEAPEST = (
     "These stay within the drop on the images that thresholds were chosen on, and on those of this page. A mark above may do so by chance on these alone. "

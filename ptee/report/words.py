@@ -184,8 +184,8 @@ def exits_table(of: Reported) -> Rows:
     thresholds = threshold_words(of.model.threshold, plan.off)
     for n, (e, t) in enumerate(zip(plan.exits, thresholds, strict=True)):
         leave = "-" if own is None or n in plan.off else percent(own.right[n] + own.wrong[n])
-        time = [f"{times[n]:.1%}"] if times else []
-        rows.append((str(n), e.name, e.head, f"{e.backbone_cost:.1%}", *time, f"{e.head_cost:.1%}", t, leave))
+        time = [percent(times[n])] if times else []
+        rows.append((str(n), e.name, e.head, percent(e.backbone_cost), *time, percent(e.head_cost), t, leave))
     return rows
 
 

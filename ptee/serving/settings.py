@@ -151,7 +151,7 @@ class FixedSettings:
         given = read_change(values).given
         if wrong := [name for name in given if name != "threshold"]:
             raise PteeError(
-                f"{wrong[0]} cannot be changed of an exported model: only threshold can. Give threshold, or set {wrong[0]} before it is exported."
+                f"{wrong[0]} cannot be changed in an exported model: only threshold can. Give threshold, or set {wrong[0]} before it is exported."
             )
         if not given:
             return self.now()

@@ -24,7 +24,7 @@ from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import recorded_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
-from ptee.training.config import JOINT, TOGETHER, TrainingConfig, of_another_training, other_settings
+from ptee.training.config import TOGETHER, TrainingConfig, of_another_training, other_settings
 from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
 
@@ -64,8 +64,7 @@ def describe_training(
         "exits": [e.name for e in model.exits],
         "head": model.plan.head,
         "classes": model.num_classes,
-        # one that learns has other weights after Ctrl-C than it began with, and a checkpoint holds them all
-        "backbone": None if config.backbone == JOINT else recorded_hash(model.backbone, model.plan.input_size),
+        "backbone": recorded_hash(model.backbone, model.plan.input_size),
         "input": plain(model.origin.input),
         "front": {"weights": weights_hash(front.network)[:16], "input": plain(front.origin.input)}
         if isinstance(front, FrontHead)
@@ -97,15 +96,15 @@ def write(path: Path, reached: Checkpoint, training: Mapping[str, Any], beside: 
     replace_files(path.parent, {**texts, path.name: lambda beside: save_file(tensors, beside, about)})
 
 
-def found(path: Path | None, training: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint of this training; None if there is none.
+def found(path: Path | None, training: dict[str, Any], learnt: Mapping[str, Tensor]) -> Checkpoint | None:
+    """The checkpoint of this training; None if there is none. `training` and `learnt`: as of `read`.
 
     Raises:
         RunError: as of `read`; or, of several processes, if they find different ones: some would wait for the others for ever.
     """
     from accelerate.utils import gather_object
 
-    reached = None if path is None or not path.is_file() else read(path, training)
+    reached = None if path is None or not path.is_file() else read(path, training, learnt)
     done = gather_object([0 if reached is None else len(reached.epochs)])
     if min(done) != max(done):
         text = f"The processes find other checkpoints in {path}: of {min(done)} to {max(done)} epochs. Keep it on a disk that "
@@ -113,8 +112,12 @@ def found(path: Path | None, training: Mapping[str, Any]) -> Checkpoint | None:
     return reached
 
 
-def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
-    """Read a checkpoint of this training. A RunError if it is damaged, is no checkpoint, or belongs to another training."""
+def read(path: Path, training: dict[str, Any], learnt: Mapping[str, Tensor]) -> Checkpoint:
+    """Read a checkpoint of this training. A RunError if it is damaged, is no checkpoint, or belongs to another training.
+
+    `learnt`: the tensors of a backbone that learns, by their names in the checkpoint. They may be those that the training began with, or
+    those that it had reached, as after Ctrl-C; then `training` gets the hash of the first.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -127,6 +130,11 @@ def read(path: Path, training: Mapping[str, Any]) -> Checkpoint:
         reached = _from_tensors(tensors, [Epoch(**epoch) for epoch in from_json(about["history"])["epochs"]])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as why:
         raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
+    if learnt and all(
+        torch.equal(value.cpu(), reached.weights.get(name, torch.empty(0, device="cpu")))
+        for name, value in learnt.items()
+    ):
+        training["backbone"] = written.get("backbone")
     differing = [
         name for name in {**training, **written} if not DATA.get(name, eq)(written.get(name), training.get(name))
     ]

@@ -89,7 +89,7 @@ class History(Readable):
         words = f"The weights are those after {number_of(len(self.epochs), 'complete epoch')}."
         if not self.epochs:
             words = "No epoch was complete, and the weights are as they were."
-        elif checkpoint is not None:
+        elif checkpoint is not None and checkpoint.is_file():
             words += " Go on with resume=True."
         return Interrupted(words, self)
 

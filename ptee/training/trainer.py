@@ -219,8 +219,7 @@ class _Training:
         beside: Mapping[str, str],
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
-        self.training, self.path = training, path  # what the checkpoint belongs to, and where it lies
-        self.beside = beside  # texts of files that are written with it
+        self.training, self.path, self.beside = training, path, beside  # of the checkpoint; the last is written with it
         joint = config.backbone == JOINT
         self.learners: nn.Module = nn.ModuleList([model.heads, model.backbone]) if joint else model.heads
         self.dtype = next(model.heads.parameters()).dtype
@@ -424,7 +423,8 @@ class _Training:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
-        reached = checkpoints.found(self.path, self.training)
+        backbone = self.model.backbone.state_dict(prefix="1.") if self.config.backbone == JOINT else {}  # of `learners`
+        reached = checkpoints.found(self.path, self.training, backbone)
         if reached is None:
             return
         if (done := len(reached.epochs)) > self.epochs:

@@ -44,7 +44,7 @@ def solve(
 
     Within a largest drop, the cost becomes as low as possible; within a largest cost, the loss of accuracy (without labels: of
     fidelity). With the same reserve, and where costs are counted, own answers are never worse than the best single threshold
-    with any exits off. With more than six exits: with all on, with all off, or with one alone on.
+    with any exits off; of more than six exits, with all on, all off, or one alone on.
 
     Args:
         traces: of the own answers to images that neither the backbone nor the heads were trained on.

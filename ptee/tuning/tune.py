@@ -257,30 +257,35 @@ def is_missed(target: Target, results: Mapping[str, Any]) -> bool | None:
     return bool(backbone["accuracy"] - own["accuracy"] > target.limit + ROUNDING)
 
 
-def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool]:
-    """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed."""
+def describe_outcome(solution: Solution, results: Mapping[str, Any]) -> tuple[str, bool | None]:
+    """How a target fares in JSON-able results on other images, and how certain that is, in a sentence; and whether it is missed.
+
+    None if that is not known.
+    """
     if solution.target.kind == "max_cost" and solution.score.time is not None:
         return f"Target: {solution.target} of {solution.unit}. {solution.score.time:.4f} is to be expected.", False
     on_others = f" (on the other images, which the thresholds were chosen on: {solution.cost:.4f})"
     return _outcome(solution.target, results, blended=solution.blend is not None, on_others=on_others)
 
 
-def outcome_in_force(model: EarlyExitModel, results: Mapping[str, Any]) -> tuple[str, bool]:
+def outcome_in_force(model: EarlyExitModel, results: Mapping[str, Any]) -> tuple[str, bool | None]:
     """The same sentence for the target that a model's thresholds were chosen for before; and whether more is lost than it allows.
 
-    Nothing, if other thresholds are in force, or seconds are limited.
+    Nothing, if other thresholds are in force, or seconds are limited. None, if it limits no loss.
     """
     known = target_in_force((model.results or {}).get("tuning"), model)
     if known is None or (known["kind"] == "max_cost" and known["unit"]):
-        return "", False
+        return "", None
     target = Target(known["kind"], known["limit"])
     outcome, missed = _outcome(target, results, blended=model.answers == BLENDED)
-    return outcome, missed and target.kind != "max_cost"
+    return outcome, None if target.kind == "max_cost" else missed
 
 
-def _outcome(target: Target, results: Mapping[str, Any], *, blended: bool, on_others: str = "") -> tuple[str, bool]:
+def _outcome(
+    target: Target, results: Mapping[str, Any], *, blended: bool, on_others: str = ""
+) -> tuple[str, bool | None]:
     if target.kind == "max_drop" and results.get("doubt"):  # whether it is kept says nothing
-        return "", False
+        return "", None
     backbone, own, n = results["rows"][0], results["rows"][-1], results["samples"]
     interval = interval_words(own["fidelity"], n)
     if results["leaving"][-1] == 1 and not blended:  # the answers are the backbone's
@@ -296,7 +301,7 @@ def _outcome(target: Target, results: Mapping[str, Any], *, blended: bool, on_ot
     outcome = f"{'Missed' if missed else 'Kept'} on {images}"
     if missed is None:
         outcome = f"Not known for {images}, which have no labels"
-    return f"Target: {target}. {outcome}: {words}.", bool(missed)
+    return f"Target: {target}. {outcome}: {words}.", missed
 
 
 def interval_words(fidelity: float, n: int) -> str:

@@ -104,8 +104,9 @@ def test_a_name_that_differs_in_case_and_strokes_only_is_answered_with_that_name
 @pytest.mark.parametrize("name", ["learning_rate", "LearningRate", "training.learning_rate"])
 def test_a_name_of_other_libraries_is_answered_with_that_of_ptee(name):
     section = "training." if "." in name else ""
-    settings = [f"{section}{each}" for each in ("learner", "lr", "epochs", "seed")]
+    settings = [f"{section}{each}" for each in ("learner", "lr", "epochs")]
     assert f"Did you mean '{section}lr'? " in possible(name, settings)
+    assert "Did you mean 'seed'? " in possible(f"{section}random_state", [*settings, "seed"])
 
 
 def test_if_no_choice_is_near_some_of_many_are_named():

@@ -140,6 +140,9 @@ PRODUCTS = {  # of x (3, 5, 7)
     "their dot product": (lambda x: torch.dot(x[0, 0], x[1, 1]), 7),
     "a matrix by a vector": (lambda x: torch.mv(x[0], x[1, 1]), 5 * 7),
     "a matrix by a vector and an addition": (lambda x: torch.addmv(x[0, :, 0], x[0], x[1, 1]), 5 * 7),
+    "a linear layer to one number": (lambda x: F.linear(x, x[0, 0]), 3 * 5 * 7),
+    "a product added in place": (lambda x: torch.zeros_like(x[:, :, :5]).baddbmm_(x, x.mT), 3 * 5 * 7 * 5),
+    "one set of queries for all rows": (lambda x: F.scaled_dot_product_attention(x[:1, :2], x, x), 3 * 2 * 5 * (7 + 7)),
     "inner products": (lambda x: torch.inner(x, x[0]), 3 * 5 * 7 * 5),
     "a sum over two axes": (lambda x: torch.tensordot(x, x[0], dims=([1, 2], [0, 1])), 3 * 5 * 7),
     "a convolution over time": (
@@ -180,6 +183,44 @@ def test_a_recurrent_layer_costs_its_matrices_at_each_step(layer, each):
 )
 def test_a_recurrent_cell_costs_its_matrices_once(cell, each):
     assert count(cell, torch.randn(3, 7)).total == 3 * each
+
+
+@torch.jit.script
+def unseen(x: Tensor) -> Tensor:
+    """Two products of which a trace tells nothing."""
+    return x @ x.mT @ x
+
+
+@torch.jit.script
+def doubled(x: Tensor) -> Tensor:
+    return x + x
+
+
+class Before(nn.Module):
+    """A layer, and then products that cannot be looked into."""
+
+    def __init__(self, layer: nn.Module, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.then = layer, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        return self.then(out[0] if isinstance(out, tuple) else out)
+
+
+@pytest.mark.parametrize(
+    "then", [unseen, lambda x: torch.linalg.multi_dot([x[0], x[0].T, x[0]])], ids=["a script", "multi_dot"]
+)
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.LSTM(7, 7), nn.GRU(7, 7)], ids=["nothing", "lstm", "gru"])
+def test_products_that_cannot_be_looked_into_are_refused_whatever_else_torch_does_not_count(layer, then):
+    with pytest.raises(BackboneError, match="cannot be counted"):
+        count(Before(layer, then), torch.randn(3, 5, 7))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(7, 7), nn.GRUCell(7, 7)], ids=["lstm", "a cell"])
+def test_a_recurrent_layer_beside_code_without_products_is_counted(layer):
+    x = torch.randn(3, 5, 7) if isinstance(layer, nn.LSTM) else torch.randn(3, 7)
+    assert count(Before(layer, doubled), x).total == count(layer, x).total
 
 
 class Square(nn.Bilinear):

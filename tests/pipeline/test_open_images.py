@@ -61,6 +61,7 @@ def test_digits_of_torchvision_are_not_mirrored_and_other_data_sets_are():
         Subset(Subset(digits, [1, 2]), [1]),
     ):
         assert not from_data_sets(train, others, others, seed=0).mirror
+    others.datasets, others.dataset = 3, digits  # names of the user's own
     for train in (others, Subset(others, range(12)), ConcatDataset([others, others])):
         assert from_data_sets(train, digits, digits, seed=0).mirror
 

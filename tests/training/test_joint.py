@@ -221,13 +221,20 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bits(tmp_path, s
     assert same(weights(whole), weights(fresh))
 
 
-def test_it_goes_on_with_the_backbone_that_learned_until_then(tmp_path):
-    whole, resumed, file = made(), made(), tmp_path / "checkpoint"
-    fit(whole, **JOINT, epochs=4)
-    fit(resumed, Interrupted(100), checkpoint=file, **JOINT, epochs=4)
+def test_it_goes_on_with_the_backbone_that_learned_until_then_or_that_it_began_with_and_with_no_other(tmp_path):
+    whole, resumed, fresh, other, file = made(), made(), made(), made(), tmp_path / "checkpoint"
+    fit(whole, **JOINT, epochs=6)
+    fit(resumed, Interrupted(100), checkpoint=file, **JOINT, epochs=6)
     assert not same(weights(resumed), weights(made()))
-    fit(resumed, checkpoint=file, resume=True, **JOINT, epochs=4)
-    assert same(weights(whole), weights(resumed))
+    fit(resumed, Interrupted(100), checkpoint=file, resume=True, **JOINT, epochs=6)
+    next(other.backbone.parameters()).data += 1
+    with pytest.raises(RunError, match="belongs to a training with backbone"):
+        fit(other, checkpoint=file, resume=True, **JOINT, epochs=6)
+    copy = tmp_path / "copy"
+    copy.write_bytes(file.read_bytes())
+    fit(fresh, checkpoint=copy, resume=True, **JOINT, epochs=6)
+    fit(resumed, checkpoint=file, resume=True, **JOINT, epochs=6)
+    assert same(weights(whole), weights(resumed)) and same(weights(whole), weights(fresh))
 
 
 def test_after_a_stop_the_weights_of_heads_and_backbone_are_those_of_the_best_epoch():
