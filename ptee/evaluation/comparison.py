@@ -349,18 +349,16 @@ def _oracle(pair: Pair, used: Iterable[tuple[int, ...]]) -> Entry:
     """Every image leaves at the first exit that agrees with the backbone, of those exits with which that costs least.
 
     Which exits are off is chosen on the calibration images, as for a run whose confidence knows which answers agree. With many exits
-    not every choice is tried. So those of the run's own lines are, too; and each once more with the exits on whose heads run anyway.
+    not every choice is tried, so those of the run's own lines are, too.
     """
     knowing = Pair(*(_knowing(traces) for traces in pair))
     there = knowing.calibration
     found = solve(there, Target("max_fidelity_drop", 0.0), one_threshold=True, margin=0.0)
-    tried = [found.off, *sorted(used)]
-    tried += [tuple((~there.heads_where(there.all_but(off))).nonzero()[:, 0].tolist()) for off in tried]
 
     def first_of(off: tuple[int, ...]) -> Callable[[Traces], Tensor]:
         return lambda t: t.leaving([NEVER if n in off else KNOWN for n in range(t.exits)])
 
-    off = min(tried, key=lambda off: there.score(first_of(off)(there), off).price)
+    off = min([found.off, *sorted(used)], key=lambda off: there.score(first_of(off)(there), off).price)
     return _entry(knowing, first_of(off), off)
 
 

@@ -171,17 +171,16 @@ class Traces:
 
     def costs_without(self, off: Sequence[int]) -> Tensor:
         """(E+1,) costs if these exits are off."""
-        return self.costs_where(self.all_but(off))
+        return self.costs_where(self._all_but(off))
 
-    def all_but(self, off: Sequence[int]) -> Tensor:
-        """(E,) which exits are on if these are off."""
+    def _all_but(self, off: Sequence[int]) -> Tensor:
         return torch.tensor([n not in off for n in range(self.exits)], device=self.costs.device)
 
     def time(self, leaving: Tensor, off: Sequence[int] = ()) -> float | None:
         """The expected time if each image leaves where `leaving` (n,) says, and these exits are off. None if it is not known."""
         if self.times is None:
             return None
-        return self.times.expected(self.heads_where(self.all_but(off)), self.shares(leaving))
+        return self.times.expected(self.heads_where(self._all_but(off)), self.shares(leaving))
 
     @property
     def costs_alone(self) -> list[float]:

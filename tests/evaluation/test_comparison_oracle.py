@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from device import drawn
 
+from ptee.evaluation import comparison
 from ptee.evaluation.comparison import Pair, _of_run
 from ptee.evaluation.comparison_table import Entry
 from ptee.exits.times import BatchTimes
@@ -79,7 +81,10 @@ def test_with_an_exit_whose_head_runs_for_a_later_one_anyway_the_oracle_leaves_t
     assert oracle.off == (2,)
 
 
-def test_of_many_exits_the_oracle_costs_no_more_than_the_run_that_loses_nothing():
+@pytest.mark.parametrize("found", [True, False], ids=["found", "not found by itself"])
+def test_of_many_exits_the_oracle_costs_no_more_than_the_run_that_loses_nothing(found, monkeypatch):
+    if not found:
+        monkeypatch.setattr(comparison, "solve", lambda *_, **more: SimpleNamespace(off=()))
     shares, heads = [0.3, 0.02, 0.02, 0.7, 0.02, 0.9, 0.02], [0.02] * 7
     pair = Pair(*(traces(seed, shares, heads, n=200) for seed in (1, 2)))
     run, oracle = lines(pair)
