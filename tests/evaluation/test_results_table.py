@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,14 @@ def results_with(
     threshold: tuple[float, ...] = (0.5, 0.5),
     speedup: float | None = None,
     off: tuple[int, ...] = (),
+    loses_too_much: bool | None = None,
 ) -> Results:
     backbone, own = accuracy
     exits = [Row(f"exit {n}", module, own, 0.5, 0.5, 0.9, 0.1, 0.75) for n, module in enumerate(["one", "two"])]
     first = Row("backbone", "", backbone, 1, 1, 0.6)
     last = Row("early exit", "", own, fidelity, cost, speedup=speedup, images_per_s=speedup and 1000 * speedup)
-    return Results("net", 1200, list(threshold), (first, *exits, last), leaving, "cpu", 10, off=off)
+    how: dict[str, Any] = {"off": off, "loses_too_much": loses_too_much}
+    return Results("net", 1200, list(threshold), (first, *exits, last), leaving, "cpu", 10, **how)
 
 
 def lines_of(results: Results) -> dict[str, list[str]]:
@@ -129,6 +132,8 @@ WRONG = {
         [r"10\.0% of the answers .*\(accuracy 0\.7500 instead of 0\.8000\)"],
     ),
     "other answers, and no labels": ({"fidelity": 0.9, "accuracy": (None, None)}, [r"10\.0% of the answers .*'s\. "]),
+    "other answers, as many as were allowed": ({"fidelity": 0.9, "loses_too_much": False}, []),
+    "other answers, more than were allowed": ({"fidelity": 0.9, "loses_too_much": True}, [r"10\.0% of the answers "]),
     "other answers, which are better": ({"fidelity": 0.9, "accuracy": (0.7, 0.75)}, []),
     "hardly cheaper": ({"cost": 0.96}, ["hardly pays: it saves 4.0% of the cost"]),
     "as dear as the backbone": (

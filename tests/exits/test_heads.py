@@ -194,6 +194,16 @@ def test_under_autocast_the_confidence_is_float32_and_not_a_rounded_number(name)
     assert not rounded_to_bfloat16(confidence)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_confidence_of_a_head_that_was_captured_is_not_rounded_by_an_autocast_either(strict):
+    head, z = make_head("pool", MAP, K).eval(), torch.randn(b, C, H, W)
+    captured = torch.export.export(head, (z,), strict=strict).module()
+    with torch.autocast(here().type, torch.bfloat16):
+        _, confidence = captured(z)
+    assert confidence.dtype == torch.float32
+    assert not rounded_to_bfloat16(confidence)
+
+
 @each_head
 def test_a_head_in_bfloat16_still_computes_its_confidence_in_float32(name):
     head, z = make_head(name, MAP, K).eval().bfloat16(), torch.randn(b, C, H, W).bfloat16()

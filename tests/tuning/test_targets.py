@@ -503,3 +503,20 @@ def test_no_move_of_two_exits_is_tried_again_from_the_same_numbers(monkeypatch):
     solve(easy_and_hard(0, 3, 400), Target("max_drop", 0.02), margin=0.0)
     assert tried
     assert len(set(tried)) == len(tried)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_at_the_end_no_move_of_two_exits_betters_the_thresholds(seed, monkeypatch):
+    improved, moved = threshold_search._improved, threshold_search._moved
+
+    def checked(problem, on, price, taken):
+        end = improved(problem, on, price, taken)
+        exits = on.nonzero()[:, 0].tolist()
+        for i, j in itertools.permutations(exits, 2):
+            others = threshold_search._steps(problem.ends[i], int(end[i]))
+            reached = moved(problem, price, end, i, end[i][None], j)[1]
+            assert moved(problem, price, end, i, others, j)[1] >= reached - TOLERANCE
+        return end
+
+    monkeypatch.setattr(threshold_search, "_improved", checked)
+    solve(easy_and_hard(seed, 4, 150), Target("max_fidelity_drop", 0.1), margin=0.0)
