@@ -12,7 +12,7 @@ E, counted from 0, stands behind the first block whose cumulative cost reaches
 
 (EENet section 3.3; `set_thresholds` in eenet.py of github.com/eksuas/eenets.pytorch). With
 
-    quadratic                    behind every s-th of L blocks, s = L / (E+1), rounded, a half up
+    quadratic                    behind every s-th of L blocks, s = L / (E+1), rounded, a half to the even number
 
 the cost between two exits grows, as later blocks have more parameters. EENet gives no formula for it; this one gives all
 rows of the tables 4.5 and 4.8 of the thesis.
@@ -75,7 +75,7 @@ def _by_fraction(fraction: Callable[[int, int], float]) -> Rule:
 
 
 def _quadratic(costs: Sequence[float], exits: int) -> list[int]:
-    step = int(len(costs) / (exits + 1) + 0.5)  # round() would take 4.5 down and 5.5 up
+    step = round(len(costs) / (exits + 1))
     return [i for i in range(step - 1, step * exits, step) if i < len(costs)] if step else []
 
 
