@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 def whole(value: Any) -> int | None:
     """A whole number of any kind, such as NumPy's, as Python's own; None for a truth value and for anything else."""
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        return None if type(value).__name__ in ("bool", "bool_") else operator.index(value)  # NumPy's have either name
     except TypeError:
         return None
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision
 import zoo
 from cases import slow
+from device import here
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
@@ -158,6 +159,12 @@ def test_a_product_costs_each_number_of_its_output_times_what_is_summed_for_it(f
     assert (counts.total, counts.products[""]) == (macs, 1)
 
 
+@pytest.fixture
+def recurrent() -> None:
+    if here().type not in ("cpu", "cuda"):
+        pytest.skip("torch has no recurrent layers for the stand-in device")
+
+
 RECURRENT = {
     "lstm": (nn.LSTM(7, 4, batch_first=True), 4 * 4 * (7 + 4)),
     "in two layers and both directions": (
@@ -172,6 +179,7 @@ RECURRENT = {
 
 
 @pytest.mark.parametrize(("layer", "each"), RECURRENT.values(), ids=RECURRENT)
+@pytest.mark.usefixtures("recurrent")
 def test_a_recurrent_layer_costs_its_matrices_at_each_step(layer, each):
     assert count(layer, torch.randn(3, 5, 7)).total == 3 * 5 * each
 
@@ -181,6 +189,7 @@ def test_a_recurrent_layer_costs_its_matrices_at_each_step(layer, each):
     [(nn.LSTMCell(7, 4), 4 * 4 * (7 + 4)), (nn.GRUCell(7, 4), 3 * 4 * (7 + 4)), (nn.RNNCell(7, 4), 4 * (7 + 4))],
     ids=["lstm", "gru", "rnn"],
 )
+@pytest.mark.usefixtures("recurrent")
 def test_a_recurrent_cell_costs_its_matrices_once(cell, each):
     assert count(cell, torch.randn(3, 7)).total == 3 * each
 
@@ -212,12 +221,14 @@ class Before(nn.Module):
     "then", [unseen, lambda x: torch.linalg.multi_dot([x[0], x[0].T, x[0]])], ids=["a script", "multi_dot"]
 )
 @pytest.mark.parametrize("layer", [nn.Identity(), nn.LSTM(7, 7), nn.GRU(7, 7)], ids=["nothing", "lstm", "gru"])
+@pytest.mark.usefixtures("recurrent")
 def test_products_that_cannot_be_looked_into_are_refused_whatever_else_torch_does_not_count(layer, then):
     with pytest.raises(BackboneError, match="cannot be counted"):
         count(Before(layer, then), torch.randn(3, 5, 7))
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM(7, 7), nn.GRUCell(7, 7)], ids=["lstm", "a cell"])
+@pytest.mark.usefixtures("recurrent")
 def test_a_recurrent_layer_beside_code_without_products_is_counted(layer):
     x = torch.randn(3, 5, 7) if isinstance(layer, nn.LSTM) else torch.randn(3, 7)
     assert count(Before(layer, doubled), x).total == count(layer, x).total
