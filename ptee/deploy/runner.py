@@ -22,10 +22,9 @@ from ptee._common.process import lead_nowhere, open_closed, unwritable
 from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
+from ptee.deploy.arrays import Array, answers_at_end, as_numpy, join_rows, like, select_rows
 from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
 from ptee.exits.config import doubt, require_no_percentage, threshold_numbers, wrong_number
-
-Array = Any  # of numpy for ONNX, of torch for pt2
 
 
 class Answers(NamedTuple):
@@ -146,7 +145,7 @@ class Runner:
         logits = join_rows([logits for *_, logits, _ in parts])[back]
         h = np.concatenate([h for *_, h in parts])[back]
         cost = np.asarray(self.manifest.costs, dtype=np.float32)[exits]
-        return Answers(logits, *(_like(logits, t) for t in (exits, h, cost)))
+        return Answers(logits, *(like(logits, t) for t in (exits, h, cost)))
 
     def _prepared(self, x: Array) -> Array:
         size, dtype = tuple(self.manifest.input_size), self.manifest.dtype
@@ -304,52 +303,6 @@ def _program(file: Path, device: str) -> Any:
             return (program if device == "cpu" else move_to_device_pass(program, device)).module()
     except Exception as why:  # whatever torch raises
         raise RunError(f"{file} cannot be loaded: {first_line(why)}") from why
-
-
-# ---------------------------------------------------------------------------------------------------- arrays of either kind
-
-
-def as_numpy(t: Array) -> np.ndarray:
-    """An array of either kind on the host; of numbers of less than 32 bits, in float32."""
-    return t if isinstance(t, np.ndarray) else t.float().cpu().numpy()
-
-
-def select_rows(t: Array, rows: np.ndarray, axis: int, each: int) -> Array:
-    """The part of an array that belongs to these rows."""
-    positions = (rows[:, None] * each + np.arange(each)).reshape(-1)
-    if isinstance(t, np.ndarray):
-        return np.take(t, positions, axis)
-    import torch
-
-    return t.index_select(axis, torch.from_numpy(positions).to(t.device))
-
-
-def answers_at_end(possible: np.ndarray, own: Array, blended: Array) -> Array:
-    """(b, K) the blended answers of rows that some exit could take (b,); the others get the backbone's own, bit for bit."""
-    if possible.all() or not possible.any():
-        return blended if possible.all() else own
-    if isinstance(own, np.ndarray):
-        return np.where(possible[:, None], blended, own)
-    import torch
-
-    return torch.where(torch.from_numpy(possible).to(own.device)[:, None], blended, own)
-
-
-def join_rows(parts: Sequence[Array], axis: int = 0) -> Array:
-    """Several arrays as one, along the axis that holds their rows."""
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts, axis)
-    import torch
-
-    return torch.cat(list(parts), axis)
-
-
-def _like(t: Array, values: np.ndarray) -> Array:
-    if isinstance(t, np.ndarray):
-        return values
-    import torch
-
-    return torch.from_numpy(values).to(t.device)
 
 
 USAGE = "usage: python -m ptee.deploy.runner FOLDER IMAGE ..."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptee._common.errors import PteeError
-from ptee.deploy.runner import Answers, Array, answers_at_end, select_rows
+from ptee.deploy.arrays import Array, answers_at_end, select_rows
+from ptee.deploy.runner import Answers
 from ptee.serving.pieces import IMAGES, Pieces, Step, in_host_memory
 from ptee.serving.policy import Policy
 from ptee.serving.queues import Answer, Chunk, Queues, Request, joined

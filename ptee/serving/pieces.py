@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptee._common.text import type_name
+from ptee.deploy.arrays import Array, as_numpy
 from ptee.deploy.manifest import Manifest
-from ptee.deploy.runner import Array, Runner, as_numpy, load_exported
+from ptee.deploy.runner import Runner, load_exported
 
 Where = tuple[tuple[int, int], ...]  # for each tensor the axis of its rows, and how many entries belong to a row
 IMAGES: Where = ((0, 1),)

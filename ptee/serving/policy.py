@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptee._common.text import Readable, table
-from ptee.deploy.runner import Array, as_numpy
+from ptee.deploy.arrays import Array, as_numpy
 from ptee.serving.pieces import Pieces
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

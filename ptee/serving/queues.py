@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptee.deploy.runner import Array, join_rows, select_rows
+from ptee.deploy.arrays import Array, join_rows, select_rows
 from ptee.serving.pieces import Where, part_of
 
 

@@ -23,7 +23,7 @@ from ray.serve.context import _get_global_client  # nothing public tells at whic
 
 from ptee._common.errors import Argument, PteeError, first_line
 from ptee._common.process import no_logs
-from ptee.deploy.runner import Array, answers_at_end, join_rows, select_rows
+from ptee.deploy.arrays import Array, answers_at_end, join_rows, select_rows
 from ptee.serving.app import Rules, app_of
 from ptee.serving.engine import BusyError, answers_of
 from ptee.serving.local import reserved

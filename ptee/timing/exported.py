@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, PteeError
 from ptee.analysis.freezing import one_parameter
+from ptee.deploy.arrays import Array
 from ptee.deploy.export import export, require_libraries
-from ptee.deploy.runner import Answers, Array, Runner, load_exported, onnx_piece
+from ptee.deploy.runner import Answers, Runner, load_exported, onnx_piece
 from ptee.exits.blend import OWN
 from ptee.exits.config import NEVER
 from ptee.model.early_exit import EarlyExitModel

@@ -15,7 +15,8 @@ from torch import Tensor
 from ptee._common.clock import ratio, spread
 from ptee._common.progress import with_bar
 from ptee._common.text import Readable, number_of
-from ptee.deploy.runner import Array, Runner
+from ptee.deploy.arrays import Array
+from ptee.deploy.runner import Runner
 from ptee.exits.config import ALWAYS, NEVER
 from ptee.timing.exported import runner_laps
 from ptee.timing.laps import MAX_SECONDS, in_turns
