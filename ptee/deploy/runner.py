@@ -56,6 +56,12 @@ class Runner:
     def __init__(self, manifest: Manifest, pieces: Sequence[Callable[..., Sequence[Array]]], device: str) -> None:
         self.manifest, self.pieces, self.device = manifest, pieces, device
         self._thresholds = self._each(manifest.thresholds)
+        self._again: Callable[[], Runner] | None = None
+
+    def __reduce__(self) -> Any:
+        """A copy, here or in another process, opens the folder again; its thresholds are those of now."""
+        assert self._again is not None
+        return self._again, (), {"_thresholds": self._thresholds.copy()}
 
     def __repr__(self) -> str:
         return f"Runner({self.manifest.backbone}, {number_of(len(self.manifest.exits), 'exit')}, on {self.device})"
@@ -233,6 +239,7 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
     manifest = read_manifest(place)
     load = partial(onnx_piece, threads=threads) if manifest.format == "onnx" else _pt2
     runner = Runner(manifest, [load(place / piece.file, device) for piece in manifest.pieces], device)
+    runner._again = partial(load_exported, place.absolute(), device, threads=threads)
     try:
         runner.try_out()
     except Exception as why:  # whatever the library raises

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,22 @@ def test_an_onnx_runtime_whose_gpu_part_does_not_load_does_not_answer_on_the_cpu
 
 def test_an_exported_model_says_in_one_line_what_it_is(exported):
     assert repr(ptee.load_exported(exported)) == "Runner(Sequential, 2 exits, on cpu)"
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda runner: pickle.loads(pickle.dumps(runner))], ids=["copied", "pickled"]
+)
+def test_a_copy_opens_the_folder_again_and_has_the_thresholds_of_now(exported, again, monkeypatch):
+    x = torch.randn(4, *SIZE, generator=drawn(0), device="cpu")
+    monkeypatch.chdir(exported.parent)
+    runner = ptee.load_exported(exported.name)
+    runner.threshold = [0.2, 2.0]
+    monkeypatch.chdir("/")
+    other = again(runner)
+    assert other.threshold == [0.2, 2.0]
+    assert torch.equal(other.predict(x).logits, runner.predict(x).logits)
+    runner.threshold = 0.9
+    assert other.threshold == [0.2, 2.0]
 
 
 def test_a_device_of_torch_will_do(exported):
