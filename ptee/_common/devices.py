@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ptee._common.errors import DeviceError, PteeError, first_line
 from ptee._common.text import shown
@@ -17,6 +18,7 @@ T = TypeVar("T")
 # Held by a thread that records CUDA graphs, one at a time, also while torch compiles for it. Whoever waits for the whole GPU
 # meanwhile breaks the recording.
 RECORDING = threading.RLock()
+_HAS_FLOAT64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}  # others are tried, once
 PLACE = ("MASTER_ADDR", "MASTER_PORT")  # where the processes meet
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *PLACE)  # what torchrun puts into the environment
 MPI = (  # what MPI's launchers put there, and accelerate reads
@@ -59,6 +61,21 @@ def best_precision(device: torch.device) -> str:
         )  # a private name, which a later torch may not have
         return "bf16" if fast and has() else "no"
     return "no"
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    if (kind := device.type) not in _HAS_FLOAT64:
+        _HAS_FLOAT64[kind] = _computes_in_float64(kind)
+    return torch.float64 if _HAS_FLOAT64[kind] else torch.float32
+
+
+def _computes_in_float64(kind: str) -> bool:
+    with _disable_current_modes():  # in a trace every device has it
+        try:
+            return torch.ones(1, dtype=torch.float64, device=kind).add(1).item() == 2
+        except (RuntimeError, TypeError):
+            return False
 
 
 @contextmanager

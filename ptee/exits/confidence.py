@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ptee._common.devices import without_autocast
+from ptee._common.devices import widest, without_autocast
 from ptee._common.errors import PteeError, unknown
 from ptee._common.validation import checked
 from ptee.exits.config import CALIBRATED as CALIBRATED
@@ -248,19 +248,25 @@ def _check_function(name: str, function: OfProbabilities) -> None:
 
 def leaves(confidence: Tensor, threshold: float | Tensor) -> Tensor:
     """Whether rows leave: h >= T, for any T that broadcasts to h. A confidence of NaN never leaves."""
-    return _widest(confidence) >= threshold  # float64: a threshold between two float32 numbers must not be rounded
+    h = confidence.to(widest(confidence.device))  # float64: a threshold between two float32 numbers must not be rounded
+    return h >= (threshold if h.dtype == torch.float64 else not_below(threshold, h.dtype, h.device))
+
+
+def not_below(threshold: float | Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Thresholds in a number type of a device. They are rounded up: of the numbers of that type, the same ones reach them."""
+    given = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float64, device="cpu")
+    if given.dtype.itemsize > dtype.itemsize:
+        near = given.to(dtype)
+        given = torch.where(near < given, near.nextafter(torch.full_like(near, torch.inf)), near)
+    return given.to(device, dtype)
 
 
 def first_exit(confidence: Tensor, threshold: Sequence[float] | Tensor) -> Tensor:
     """(b,) where rows leave: the first exit n with h_n >= T_n, of h (E, b) and T (E,); E if there is none."""
-    limits = torch.as_tensor(threshold, dtype=_widest(confidence).dtype, device=confidence.device)
+    limits = not_below(threshold, widest(confidence.device), confidence.device)
     leaving = leaves(confidence, limits[:, None])
     at_the_end = torch.ones_like(leaving[:1])
     return torch.cat([leaving, at_the_end]).int().argmax(0)  # argmax gives the first of equals
-
-
-def _widest(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()  # MPS has no float64
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

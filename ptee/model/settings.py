@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ptee._common.devices import widest
 from ptee._common.errors import PteeError, unknown, warn
 from ptee._common.process import Lock
 from ptee._common.text import shown
 from ptee._common.validation import whole
 from ptee.exits.blend import BLENDED, OWN, Blend, confidence_of_blend, require_blend
-from ptee.exits.confidence import Calibrated, find_confidence
+from ptee.exits.confidence import Calibrated, find_confidence, not_below
 from ptee.exits.config import doubt, not_a_number, threshold_numbers, wrong_number
 from ptee.exits.plan import Plan
 from ptee.exits.rule import ExitRule
@@ -172,7 +173,7 @@ def _as_tensor(threshold: Thresholds) -> Tensor:
     if isinstance(threshold, Tensor) and threshold.is_floating_point():
         return threshold.detach()
     given = torch.from_numpy(threshold_numbers(threshold))
-    return given.to(threshold.device, _widest(threshold.device)) if isinstance(threshold, Tensor) else given
+    return _moved(given, threshold.device) if isinstance(threshold, Tensor) else given
 
 
 def _refuse_nan(threshold: Tensor) -> None:
@@ -186,8 +187,4 @@ def _doubt(threshold: list[float]) -> None:
 
 
 def _moved(threshold: Tensor, device: torch.device) -> Tensor:
-    return threshold.to(device, min(threshold.dtype, _widest(device), key=lambda dtype: dtype.itemsize))
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return not_below(threshold, min(threshold.dtype, widest(device), key=lambda dtype: dtype.itemsize), device)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ptee import __version__
-from ptee._common.devices import wait
+from ptee._common.devices import wait, widest
 from ptee._common.errors import Argument, PteeError, first_line, warn
 from ptee._common.process import Lock
 from ptee._common.validation import FrozenConfig, Number, Whole
@@ -182,7 +182,7 @@ class Monitor:
         """The number of the first of these images."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             device = out.cost.device
-            if device != self._sums.device and device.type != "mps":  # which has no float64
+            if device != self._sums.device and widest(device) is self._sums.dtype:
                 self._sums = self._sums.to(device)
                 wait(device)  # once: other streams add to it, too
             here = [t.to(self._sums) for t in (torch.ones_like(out.cost), out.cost, out.confidence)]

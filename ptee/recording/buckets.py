@@ -20,6 +20,7 @@ from ptee._common.devices import wait
 from ptee._common.errors import PteeError, first_line
 from ptee.deploy.segments import Rows
 from ptee.exits.blend import confidence_of_blend
+from ptee.exits.confidence import not_below
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import ExitOutput
 from ptee.recording.budget import Budget, peak
@@ -306,7 +307,7 @@ class Buckets(ABC):
                 self.answers.thresholds[:rows, n] = t
         elif numbers != self._in_force:
             self._in_force = ()  # until all is written
-            self.answers.thresholds.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+            self.answers.thresholds.copy_(not_below(numbers, self.answers.thresholds.dtype, torch.device("cpu")))
             self._in_force = numbers
 
     def _move(self, n: int, bucket: Bucket, smaller: Bucket) -> None:

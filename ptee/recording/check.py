@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptee._common.devices import widest
 from ptee._common.errors import PteeError
 from ptee.analysis.arithmetic import tolerance
 from ptee.analysis.cut_points import random_images
@@ -28,7 +29,7 @@ def check_recorded(pieces: Buckets) -> None:
         for turn in range(ends):
             x = x.roll(1, 0)  # what lies in memory is of other images by then
             end = (torch.arange(b, device=x.device) + turn) % ends  # where each row is to leave
-            limits = torch.full((b, ends), NEVER, dtype=torch.float64, device=x.device)
+            limits = torch.full((b, ends), NEVER, dtype=widest(x.device), device=x.device)
             limits.scatter_(1, end[:, None], 0.0)
             limits[:, list(model.off)] = NEVER
             thresholds = limits[:, :-1]
@@ -53,7 +54,7 @@ def check_size(pieces: Buckets, size: int, allowed: float = 1.0) -> None:
         return
     for end in (n for n in range(ends) if n not in model.off):
         thresholds = [0.0 if n == end else NEVER for n in range(ends - 1)]
-        want = expected(model, own, torch.tensor(thresholds, dtype=torch.float64, device=x.device).expand(size, -1))
+        want = expected(model, own, torch.tensor(thresholds, dtype=widest(x.device), device=x.device).expand(size, -1))
         got = ExitOutput(*pieces(x.clone(), thresholds))
         if gap := _gap(want, got, allowed * tolerance(x.dtype, x.device)):
             text = f"Recorded for batches of {size}, {model.plan.backbone} gives other answers than as it is ({gap})."

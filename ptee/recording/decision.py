@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ptee._common.devices import widest
 from ptee.exits.confidence import leaves
 
 
@@ -25,7 +26,7 @@ class Answers:
         exit: (rows + 1,) that exit.
         confidence: (rows + 1,) h there, float32.
         cost: (rows + 1,) of that exit, float32.
-        thresholds: (rows + 1, E) T of each row at each exit, float64.
+        thresholds: (rows + 1, E) T of each row at each exit, float64 where the device has it.
         costs: (E + 1,) what a row costs that leaves at each exit.
     """
 
@@ -37,7 +38,7 @@ class Answers:
         self.exit = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.confidence = torch.zeros(rows + 1, dtype=torch.float32, device=device)
         self.cost = torch.zeros(rows + 1, dtype=torch.float32, device=device)
-        self.thresholds = torch.zeros(rows + 1, len(costs) - 1, dtype=torch.float64, device=device)
+        self.thresholds = torch.zeros(rows + 1, len(costs) - 1, dtype=widest(device), device=device)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=device)
 
     @property

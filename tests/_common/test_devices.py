@@ -5,10 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import _get_current_function_mode_stack
 
 from ptee._common import devices
-from ptee._common.devices import LAUNCH, accelerator_on, made_on_cpu, process_state, require_one_process, resolve_device
+from ptee._common.devices import (
+    LAUNCH,
+    accelerator_on,
+    made_on_cpu,
+    process_state,
+    require_one_process,
+    resolve_device,
+    widest,
+)
 from ptee._common.errors import DeviceError, PteeError
 
 
@@ -33,6 +42,14 @@ def test_what_is_made_on_the_cpu_lies_there_whatever_the_default_device():
 def test_where_the_cpu_is_the_default_no_device_is_set_for_what_is_made():
     with made_on_cpu():
         assert not _get_current_function_mode_stack()
+
+
+def test_apples_gpu_has_no_float64_and_other_devices_are_tried_for_real(monkeypatch):
+    assert widest(torch.device("mps")) == torch.float32
+    monkeypatch.setattr(devices, "_HAS_FLOAT64", {})
+    with FakeTensorMode():
+        assert widest(torch.device("cpu")) == torch.float64
+        assert widest(torch.device("meta")) == torch.float32  # its tensors have no values to compute with
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

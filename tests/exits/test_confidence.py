@@ -10,6 +10,7 @@ from device import here
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ptee._common.devices import _HAS_FLOAT64
 from ptee._common.errors import PteeError, UnknownName
 from ptee.exits.confidence import (
     CONFIDENCES,
@@ -224,3 +225,15 @@ def test_a_threshold_between_two_float32_numbers_is_not_rounded():
     assert leaves(h, h.double().item()).tolist() == [True]
     assert leaves(h, above).tolist() == [False]
     assert first_exit(h[None], [above]).tolist() == [1]
+
+
+@pytest.mark.parametrize("threshold", [1 + 1e-12, 0.1, 0.7], ids=str)
+def test_without_float64_the_same_rows_leave(threshold, monkeypatch):
+    near = torch.tensor(threshold, device="cpu").item()  # the float32 beside it, above or below
+    h = torch.tensor([near, near - 1e-6, near + 1e-6])
+    wide = torch.tensor([threshold], dtype=torch.float64, device="cpu")
+    wanted = [number >= threshold for number in h.tolist()]
+    monkeypatch.setitem(_HAS_FLOAT64, here().type, False)
+    assert leaves(h, threshold).tolist() == leaves(h, wide).tolist() == wanted
+    assert first_exit(h[None], [threshold]).tolist() == [int(not leaving) for leaving in wanted]
+    assert leaves(h, math.inf).tolist() == [False] * 3

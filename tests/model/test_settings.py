@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from device import here
 from small import labelled, made
 from torch import Tensor
 
+from ptee._common.devices import _HAS_FLOAT64
 from ptee._common.errors import PteeError
 from ptee.model.settings import for_each_exit, for_each_row
 
@@ -130,4 +132,12 @@ def test_a_threshold_goes_to_a_device_once_in_a_type_that_is_there(device, given
             return self
 
     for_each_row(torch.zeros(1, 2, dtype=given).as_subclass(Staying), 2, 3, torch.device(device))
-    assert asked == [(torch.device(device), sent)]
+    assert [where for where in asked if where[0] == torch.device(device)] == [(torch.device(device), sent)]
+
+
+def test_on_a_device_without_float64_no_threshold_gets_lower(monkeypatch):
+    monkeypatch.setitem(_HAS_FLOAT64, here().type, False)
+    above = 1 + 1e-12  # float32 would round it to 1, and a row of confidence 1 would leave
+    each = for_each_row(torch.tensor([[above, 0.5]], dtype=torch.float64, device="cpu"), 2, 3, here())
+    assert [t.dtype for t in each] == [torch.float32] * 2
+    assert [t.tolist() for t in each] == [[1 + 2**-23] * 3, [0.5] * 3]

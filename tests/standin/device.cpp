@@ -107,15 +107,23 @@ Tensor on_host(const Tensor& t) {  // the same memory, seen as a tensor of the C
 }
 Tensor at_host(const Tensor& t) { return t.device().type() == D ? on_host(t) : t; }
 
+// With STANDIN_WITHOUT_FLOAT64 it has no numbers of double precision, as Apple's GPUs have none.
+at::ScalarType allowed(std::optional<at::ScalarType> t) {
+  static const bool narrow = std::getenv("STANDIN_WITHOUT_FLOAT64") != nullptr;
+  const auto type = c10::dtype_or_default(t);
+  TORCH_CHECK_TYPE(!narrow || (type != at::kDouble && type != at::kComplexDouble),
+                   "Cannot convert a standin Tensor to float64 dtype as this device doesn't support float64. Use float32.");
+  return type;
+}
 Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> t, std::optional<at::Layout>, std::optional<at::Device>,
              std::optional<bool>, std::optional<at::MemoryFormat> f) {
   return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                   c10::dtype_or_default(t), f);
+                                   allowed(t), f);
 }
 Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> t, std::optional<at::Layout>,
                      std::optional<at::Device>, std::optional<bool>) {
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &allocator,
-                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(t));
+                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), allowed(t));
 }
 Tensor as_strided(const Tensor& s, c10::SymIntArrayRef a, c10::SymIntArrayRef b, std::optional<c10::SymInt> o) {
   return at::native::as_strided_tensorimpl(s, C10_AS_INTARRAYREF_SLOW(a), C10_AS_INTARRAYREF_SLOW(b),
