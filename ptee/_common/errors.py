@@ -38,6 +38,7 @@ ELSEWHERE = {
     "maxepochs": "epochs",
 }
 ENDED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?([^.]+)")  # what torch says of one
+NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,18 @@ def ended_worker(error: BaseException, *more: str | Argument, given: Iterable[An
         return None
     why = "memory is short"
     if "signal" not in found[1]:
-        why += ", or it cannot import a class of a notebook or script (put it into a .py file of its own)"
+        why += ", or it cannot import your script (put its work under if __name__ == '__main__':) or a class of a notebook (put it into a .py file of its own)"
     fewer: Advice = (" Take fewer of them, or none (", Argument("num_workers", "0"), ").")
     if any(isinstance(n := getattr(data, "num_workers", 0), int) and n > 0 for data in given):
         fewer = (" Make the loader with fewer of them, or none: DataLoader(..., num_workers=0).",)
     return DataError(f"A process that loads images has ended ({found[1].strip()}): {why}.", *fewer, *more)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room. torch has a type of its own for NVIDIA's GPUs, and words for the CPU and Apple's GPUs."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_ROOM)
 
 
 class Interrupted(KeyboardInterrupt):

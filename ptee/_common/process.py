@@ -312,19 +312,29 @@ def _forked() -> Iterator[None]:
                 torch.cuda.manual_seed_all(seed)
 
 
-# ---------------------------------------------------------------------------------------------------- closed or full streams
+# ---------------------------------------------------------------------------------------------------- standard streams
 
 
-def open_closed() -> None:
-    """Let standard streams that are closed lead nowhere. Otherwise the next file would get their number, and their text."""
+def ready_streams() -> None:
+    """Let standard streams that are closed lead nowhere, and escape letters that the others cannot write.
+
+    Of a closed one the next file would get the number, and its text. On Windows a pipe knows about 200 letters.
+    """
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 - until the process ends
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, _nowhere("r" if name == "stdin" else "w"))
+        elif name != "stdin" and getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _nowhere(mode: str) -> Any:
+    return Path(os.devnull).open(mode, encoding="utf-8")
 
 
 def lead_nowhere(name: str = "stdout") -> None:
     """Let a standard stream lead nowhere, with what it still holds: Python would write that at the end."""
-    null = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    null = _nowhere("w")
     with suppress(OSError, ValueError):  # a program has put something without a number in its place
         os.dup2(null.fileno(), getattr(sys, name).fileno())
     setattr(sys, name, null)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ptee._common.errors import Advice, Argument, BackboneError, first_line, some
+from ptee._common.errors import Advice, Argument, BackboneError, first_line, ran_out_of_memory, some
 from ptee._common.text import type_name
 from ptee.analysis.fake_run import with_fake_tensors
 from ptee.analysis.freezing import KeptBuffers, modes, set_modes
@@ -24,6 +24,8 @@ TWO_LOGITS = (
 )
 GIVE_SIZE = ("Give the size that it takes, ", Argument("input_size", "(c, h, w)"), ", or build it for this one.")
 MISSING = re.compile(r"(\S*forward\(\)) missing \d+ required [\w-]+(?: \w+)? arguments?: (.+)")  # as Python says it
+NOT_THERE = re.compile(r"operator '(\S+)' is not currently implemented for the (\w+) device")  # as torch says it
+FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK=1"  # in the environment, before torch is imported
 COMPILED = "_torchdynamo_orig_callable"  # where torch.compile keeps the function that it was given
 # How a part shows that it is compiled, and what to say of such parts.
 COMPILED_PARTS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
@@ -143,6 +145,8 @@ def logits_of(module: nn.Module, images: Tensor, name: str = "") -> Tensor:
     try:
         logits = module(images)
     except Exception as why:
+        if ran_out_of_memory(why):
+            raise
         raise BackboneError(f"{name} ", *_why_it_failed(module, images, why)) from why
     if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images) and logits.shape[1] >= 2:
         _require_plain(logits, name)
@@ -205,6 +209,9 @@ def _why_it_failed(module: nn.Module, images: Tensor, why: Exception) -> Advice:
         )
     if "BatchedTensor" in str(why):  # as torch says it
         return ("calls torch.func.vmap, and what runs inside of that cannot be seen. Let it run the batch as a whole.",)
+    if operator := NOT_THERE.search(str(why)):
+        text = f"calls {operator[1]}, which torch does not have on {operator[2]}. Set {FALLBACK}, and the CPU computes it, or move "
+        return (text, "the network to the CPU.")
     stored = [*module.named_parameters(), *module.named_buffers()]
     if sparse := [name for name, tensor in stored if tensor.layout is not torch.strided]:
         return (

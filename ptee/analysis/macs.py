@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptee._common.errors import BackboneError, first_line, some
+from ptee._common.errors import BackboneError, first_line, ran_out_of_memory, some
 from ptee._common.process import alone, no_checkpointing, no_fused_attention, no_warnings
 from ptee.analysis.freezing import KeptBuffers, modes, set_modes
 
@@ -151,7 +151,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
         with no_warnings, _PlainRepeats():  # fvcore would switch warnings off itself, but for other threads too
             analysis.total()
     except (RuntimeError, AssertionError, TypeError) as why:  # the last two where fvcore meets what it does not expect
-        if isinstance(why, torch.OutOfMemoryError):
+        if ran_out_of_memory(why):
             raise
         raise BackboneError(_not_traced(type(module).__name__, why)) from why
     _refuse_hidden(module, example, analysis.hidden, analysis.seen)

@@ -16,9 +16,9 @@ from typing import Any
 import click
 
 from ptee import __version__
-from ptee._common.errors import Argument, Interrupted, PteeError, called_here, ended_worker, unknown
+from ptee._common.errors import Argument, Interrupted, PteeError, called_here, ended_worker, ran_out_of_memory, unknown
 from ptee._common.files import is_folder
-from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.process import lead_nowhere, ready_streams, unwritable
 from ptee._common.text import one_line, with_run
 
 GOING_ON = ("sweep", "trace", "cache")  # commands that keep what is whole, if they are not to begin anew
@@ -42,7 +42,7 @@ MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Status 2: the user can mend it; 1: ptee failed; 130: interrupted; 141: nobody reads the output."""
     words = sys.argv[1:] if arguments is None else arguments
-    open_closed()
+    ready_streams()
     if _is_a_further_process(words):
         lead_nowhere()
     warnings.simplefilter("ignore")  # libraries warn about their own future; ptee says what matters in its own words
@@ -92,7 +92,7 @@ def _failed(error: BaseException, words: list[str]) -> int:
         message, status = f"{error.format_message()} Such as: {with_run(_about_run(example, words), 'runs/r50')}", 2
     elif isinstance(error, click.ClickException):
         message, status = error.format_message(), 2
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    elif ran_out_of_memory(error):
         message, status = "The device ran out of memory. Give a smaller --batch-size, or --device cpu.", 2
     elif isinstance(error, OSError) and (reason := _full_output()):
         message, status = unwritable(reason)

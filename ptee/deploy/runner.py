@@ -18,7 +18,7 @@ import numpy as np
 
 from ptee._common.errors import DataError, PteeError, RunError, first_line, unknown, warn
 from ptee._common.files import as_path, require_not_compressed
-from ptee._common.process import lead_nowhere, open_closed, unwritable
+from ptee._common.process import lead_nowhere, ready_streams, unwritable
 from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
@@ -325,7 +325,7 @@ python -m ptee.deploy.runner exported cat.jpg --threshold 0.9       # for this c
 
 def main(arguments: Sequence[str]) -> int:
     """Print the answer to each picture. The status is that of the command ptee."""
-    open_closed()
+    ready_streams()
     faults: list[str] = []
     try:
         if {"-h", "--help"} & {*arguments}:

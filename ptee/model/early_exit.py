@@ -16,7 +16,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 import ptee
-from ptee._common.errors import PteeError, RunError, first_line
+from ptee._common.errors import PteeError, RunError, first_line, ran_out_of_memory
 from ptee._common.files import as_path
 from ptee._common.process import Lock
 from ptee._common.validation import named
@@ -295,7 +295,7 @@ class EarlyExitModel(
         except PteeError:
             raise
         except Exception as why:
-            if x.shape[1:] == tuple(self.plan.input_size) or isinstance(why, torch.OutOfMemoryError):
+            if x.shape[1:] == tuple(self.plan.input_size) or ran_out_of_memory(why):
                 raise
             raise wrong_size(x, self.plan.input_size, first_line(why)) from why
         call.check(answer)

@@ -8,10 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from ptee._common.errors import Argument, DataError, PteeError, first_line, warn
+from ptee._common.errors import Argument, DataError, PteeError, first_line, ran_out_of_memory, warn
 from ptee._common.files import as_path
 from ptee._common.progress import Log
 from ptee._common.text import number_of
@@ -148,9 +147,11 @@ def labels_of(data: Data, backbone: Backbone, device: Any) -> LabelMap:
         }
         found = labels_as_given(backbone, replace(data, **labelled), device=device)
         return found if found.doubt else _each_alone(found, data, labelled, backbone, device)
-    except (PteeError, torch.OutOfMemoryError):
+    except PteeError:
         raise
     except Exception as why:  # the backbone's own
+        if ran_out_of_memory(why):
+            raise
         for image in firsts:
             if image.shape[1:] != size:
                 raise wrong_size(image, size, first_line(why)) from why

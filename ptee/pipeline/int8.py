@@ -110,7 +110,7 @@ def export_int8(run: str, out: Path, calibrate: str, *, weights: Path | None) ->
         quantise(whole, made, images[:few].numpy())
         found, leaving = compared({FLOAT: whole, INT8: made}, images[few:], labels[few:])
         int8 = Int8(calibrated_on=few, compared_on=len(images) - few, measured=found)
-        sign(made, json.loads((made / MANIFEST).read_text()) | {"int8": int8.model_dump(mode="json")})
+        sign(made, json.loads((made / MANIFEST).read_text("utf-8")) | {"int8": int8.model_dump(mode="json")})
         load_exported(made)
         publish(made, target)
     return Exported(target, int8, leaving)
@@ -137,7 +137,7 @@ def quantise(source: Path, target: Path, images: np.ndarray) -> None:
         images: (n, c, h, w) by which it is found out what values can be. All of them go through all pieces.
     """
     shutil.copytree(source, target)
-    values = json.loads((source / MANIFEST).read_text())
+    values = json.loads((source / MANIFEST).read_text("utf-8"))
     alive, rows = [images], [[0, 1]]
     for entry in values["pieces"]:
         file = source / entry["file"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.devices import wait
-from ptee._common.errors import PteeError, first_line
+from ptee._common.errors import PteeError, first_line, ran_out_of_memory
 from ptee.deploy.segments import Rows
 from ptee.exits.blend import confidence_of_blend
 from ptee.exits.confidence import not_below
@@ -181,10 +181,12 @@ class Buckets(ABC):
             return bucket
         try:
             return self.bucket_for(rows) if self.budget.allows(lambda: self.memory_for(size)) else bucket
-        except torch.OutOfMemoryError:
-            self._no_room.add(size)
-            return bucket
         except PteeError:  # it is refused from now on
+            return bucket
+        except (RuntimeError, MemoryError) as why:
+            if not ran_out_of_memory(why):
+                raise
+            self._no_room.add(size)
             return bucket
 
     def __call__(
@@ -341,9 +343,11 @@ class Buckets(ABC):
         """Whatever the model's code and CUDA raise in a recording is told in a line."""
         try:
             yield
-        except (PteeError, torch.OutOfMemoryError):
+        except PteeError:
             raise
         except Exception as why:
+            if ran_out_of_memory(why):
+                raise
             raise self._not_recorded(bucket, first_line(why)) from why
 
     def _not_recorded(self, bucket: Bucket, reason: str) -> PteeError:

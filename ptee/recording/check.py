@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptee._common.devices import widest
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, ran_out_of_memory
 from ptee.analysis.arithmetic import tolerance
 from ptee.analysis.cut_points import random_images
 from ptee.deploy.capture import example_images
@@ -50,8 +50,10 @@ def check_size(pieces: Buckets, size: int, allowed: float = 1.0) -> None:
     x = example_images(model, size)
     try:
         own = own_answers(model, x)
-    except torch.OutOfMemoryError:  # beside the recordings; then there is nothing to compare with
-        return
+    except (RuntimeError, MemoryError) as why:
+        if ran_out_of_memory(why):  # beside the recordings; then there is nothing to compare with
+            return
+        raise
     for end in (n for n in range(ends) if n not in model.off):
         thresholds = [0.0 if n == end else NEVER for n in range(ends - 1)]
         want = expected(model, own, torch.tensor(thresholds, dtype=widest(x.device), device=x.device).expand(size, -1))

@@ -182,8 +182,8 @@ def test_lines_of_a_message_stay_apart():
         ("is killed by signal: Killed. ", "(killed by signal: Killed): memory is short. Take fewer"),
         (
             "exited unexpectedly with exit code 1. Details are lost.",
-            "(exited unexpectedly with exit code 1): memory is short, or it cannot import a class of a notebook or script (put it into a "
-            ".py file of its own). Take fewer",
+            "(exited unexpectedly with exit code 1): memory is short, or it cannot import your script (put its work under "
+            "if __name__ == '__main__':) or a class of a notebook (put it into a .py file of its own). Take fewer",
         ),
     ],
 )

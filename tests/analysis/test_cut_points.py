@@ -307,6 +307,27 @@ def test_images_of_a_wrong_size_are_refused_with_what_to_do():
         survey(Net(Skip()), (4, 16, 16))
 
 
+def raising(error: Exception) -> nn.Module:
+    def fail(z: Tensor) -> Tensor:
+        raise error
+
+    return Reading(nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten()), fail).eval()
+
+
+def test_an_operator_that_the_device_lacks_is_named_with_what_to_do():
+    error = NotImplementedError(
+        "The operator 'aten::_foo' is not currently implemented for the MPS device. If you want"
+    )
+    said = "calls aten::_foo, which torch does not have on MPS. Set PYTORCH_ENABLE_MPS_FALLBACK=1, .* or move the network to the CPU"
+    with pytest.raises(BackboneError, match=said):
+        survey(raising(error), SIZE)
+
+
+def test_a_device_without_room_is_not_taken_for_an_image_of_a_wrong_size():
+    with pytest.raises(RuntimeError, match=r"^MPS backend out of memory"):
+        survey(raising(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")), SIZE)
+
+
 def test_weights_of_two_types_are_named_with_what_to_do():
     net = Net(Skip())
     net.classifier.double()

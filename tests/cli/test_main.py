@@ -255,8 +255,21 @@ def test_a_killed_process_that_loads_images_is_no_error_of_ptee(run, plan_fails)
     assert_refused(run("plan"), said)
 
 
-def test_out_of_memory_is_no_error_of_ptee(run, plan_fails):
-    plan_fails(type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["cuda", "mps", "Linux", "Windows", "Python"],
+)
+def test_out_of_memory_is_no_error_of_ptee(error, run, plan_fails):
+    plan_fails(error)
     assert_refused(run("plan"), "out of memory.*--batch-size.*--device cpu")
 
 
@@ -310,3 +323,12 @@ def test_output_that_cannot_be_written_is_no_error_of_ptee(words, buffered, monk
     command = ["bash", "-c", f'exec "$0" -m ptee recipe {words}', sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, (done.stdout + done.stderr).strip()) == CLOSED_OR_FULL[words]
+
+
+@pytest.mark.parametrize(("encoding", "said"), [("cp1252", "Füchse \\u732b"), ("utf-8", "Füchse 猫")])
+def test_letters_that_the_output_cannot_hold_are_escaped(encoding, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)  # as a pipe of Windows
+    (tmp_path / "mine.yaml").write_text("about: Füchse 猫", encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "ptee", "recipe", tmp_path / "mine.yaml"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert said in done.stdout.decode(encoding)
