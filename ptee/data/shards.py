@@ -143,7 +143,8 @@ def _of_classes(top: Path) -> Source:
     """Pictures in class folders, read and named as for other commands."""
     listing = list_files(top, report_only=True)
     files = [file for rows in listing.parts.values() for file, _ in rows]
-    places = sorted({Path(file.path.removesuffix(file.name)) for file in files})
+    # Windows writes the end of the path, which is the name, with other slashes.
+    places = sorted({Path(file.path[: -len(file.name)]) for file in files})
     if len(places) > 1:
         text = f"{top} holds {some([place.name for place in places])}. Give one of them: "
         raise DataError(text, Argument.text("data", places[0]), ".", argument="data")

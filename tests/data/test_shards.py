@@ -6,14 +6,18 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from PIL import Image
 from shards import picture, shard
 
 from ptee._common.errors import DataError
+from ptee.data.folders import list_files
 from ptee.data.shards import Sample, find_source, of_row, samples
 
 
@@ -252,3 +256,24 @@ def test_a_folder_of_training_images_and_others_is_refused_with_one_of_its_parts
         (tmp_path / "val" / "cat").mkdir()
         (tmp_path / "val" / "cat" / "a.png").write_bytes(picture(0))
         assert find_source(tmp_path / "val").files == ("cat/a.png",)
+
+
+def test_the_folder_of_class_folders_is_found_where_paths_have_backslashes(tmp_path, monkeypatch):
+    names = [f"{c}/{n}.png" for c in ("cat", "dog") for n in range(2)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+
+    def as_on_windows(*args: Any, **how: Any) -> Any:
+        found = list_files(*args, **how)
+        rows = {
+            part: [
+                (file._replace(path=f"{tmp_path}/{file.name.replace('/', chr(92))}"), label) for file, label in files
+            ]
+            for part, files in found.parts.items()
+        }
+        return replace(found, parts=rows)
+
+    monkeypatch.setattr("ptee.data.shards.list_files", as_on_windows)
+    source = find_source(tmp_path)
+    assert (source.place, list(source.files)) == (str(tmp_path), names)
