@@ -23,7 +23,7 @@ from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of, shown, type_name
 from ptee._common.validation import checked, is_name
-from ptee._common.writing import cannot_write, free_place, replace_files, write_json, write_text
+from ptee._common.writing import cannot_write, free_place, is_left_over, replace_files, write_json, write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.backbones.library import per_channel, require_interpolation, require_pixels
 from ptee.backbones.load import Backbone
@@ -150,7 +150,7 @@ def _prepared_by(
 
 def publish(made: Path, target: Path) -> None:
     """Copy all files of a folder to where they are wanted, or none."""
-    names = sorted(file.name for file in made.iterdir())
+    names = sorted(file.name for file in made.iterdir() if not is_left_over(file.name))
     copies = {name: partial(shutil.copyfile, made / name) for name in names}
     copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
     replace_files(target, copies)

@@ -30,7 +30,7 @@ from torch import Tensor
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.data.pictures import image_transform
-from ptee.deploy.export import class_names_of
+from ptee.deploy.export import class_names_of, publish
 from ptee.deploy.manifest import MANIFEST, fingerprint
 from ptee.deploy.runner import Runner, load_exported
 from ptee.deploy.runner import main as runner_main
@@ -594,3 +594,12 @@ def test_names_that_no_classes_can_have_are_refused(names, said, tmp_path):
     with pytest.raises(PteeError, match=said):
         ptee.export(made(), tmp_path / "out", class_names=names)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_a_system_could_not_remove_is_not_handed_on(tmp_path):
+    made, target = tmp_path / "made", tmp_path / "target"
+    made.mkdir()
+    for name in ("manifest.json", "exit_0.onnx", ".ptee.lock"):
+        (made / name).write_text(name, encoding="utf-8")
+    publish(made, target)
+    assert sorted(path.name for path in target.iterdir()) == ["exit_0.onnx", "manifest.json"]
