@@ -169,6 +169,8 @@ class AxisTracker:
             return None
         if op == "cat":
             return self._cat(args, shape)
+        if op == "stack":
+            return self._stack(args, shape)
         first = self.get(args[0]) if args else None
         if op == "convolution":
             return self._convolution(first, args, shape)
@@ -203,6 +205,12 @@ class AxisTracker:
         else:
             new = _resized(axes[dim], shape[dim])
         return (*axes[:dim], new, *axes[dim + 1 :])
+
+    def _stack(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
+        """A new axis, of several values for each position as channels are; a first one may be anything, also the rows."""
+        dim = (args[1] if len(args) > 1 else 0) % len(shape)
+        axes = self._elementwise(args[:1], (*shape[:dim], *shape[dim + 1 :]))
+        return axes and (*axes[:dim], _axis("c" if dim else UNKNOWN, shape[dim]), *axes[dim:])
 
     def _convolution(self, axes: Axes | None, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """The batch stays as it was. New channels come in second place, new positions after them."""

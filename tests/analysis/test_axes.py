@@ -216,6 +216,10 @@ NO_LAYOUT = {
     "columns scattered": lambda x: torch.zeros(4, 5, 4, 6).scatter(3, COLUMNS.expand(4, 5, 4, 6), x),
     "columns scattered in place": lambda x: torch.zeros(4, 5, 4, 6).scatter_(3, COLUMNS.expand(4, 5, 4, 6), x),
     "columns written at other places": lambda x: torch.zeros(4, 5, 4, 6).index_copy(3, COLUMNS, x),
+    "branches stacked before the batch": lambda x: torch.stack([x, x]),
+    "branches stacked before the batch, as more rows": lambda x: torch.stack([x, x]).flatten(0, 1),
+    "rows stacked again": lambda x: torch.stack(list(x)),
+    "columns stacked in place of channels": lambda x: torch.stack(x.unbind(3), 1),
 }
 
 
@@ -262,6 +266,13 @@ FOLLOWED = {
         bnc(5, 4, 6, prefix=3),
     ),
     "tokens before others": (lambda x: torch.cat([x.flatten(2).mT, torch.zeros(4, 2, 5)], 1), bnc(5, 4, 6, after=2)),
+    "branches stacked and added up": (lambda x: torch.stack([x, x]).sum(0), Layout("bchw", 5, 4, 6)),
+    "branches stacked, of which the largest is taken": (
+        lambda x: torch.stack([x.permute(0, 2, 3, 1)] * 3, -1).max(-1).values,
+        Layout("bhwc", 5, 4, 6),
+    ),
+    "branches stacked as more channels": (lambda x: torch.stack([x, x], 2).flatten(1, 2), Layout("bchw", 10, 4, 6)),
+    "maps of one channel stacked": (lambda x: torch.stack([x.mean(1), x.amax(1)], 1), Layout("bchw", 2, 4, 6)),
     "a position axis gone": (lambda x: x[:, :, :1], Layout("bchw", 5, 1, 6)),
     "every second row and column, as channels": (
         lambda x: torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 1),
