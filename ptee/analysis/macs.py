@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from math import isqrt, prod
 from typing import Any
@@ -124,7 +125,7 @@ def _operators(module: nn.Module, example: Tensor) -> list[_Operator]:
             self.operators: list[_Operator] = []
             self.hidden: list[str] = []  # names of code that is not traced
             self.seen = 0  # multiply-accumulates that torch's count sees, too
-            for op, handle in (self._op_handles | HANDLES | {"aten::batch_norm": _batch_norm_macs}).items():
+            for op, handle in (self._op_handles | HANDLES | NORMS).items():
                 self.set_op_handle(op, self._noting(op, handle))
 
         def _noting(self, op: str, handle: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,8 +225,7 @@ def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: 
     if not hidden:
         return
     # torch's count sees into all but custom operators, fused attention and recurrent layers of oneDNN and cuDNN
-    plain = (torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False))
-    with no_warnings, plain[0], plain[1], sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
+    with no_warnings, _plain_layers(), sdpa_kernel(SDPBackend.MATH), _WholeCount(display=False) as executed:
         module(example)
     own = {*hidden} - HIDING
     if any("::" in name for name in own) or executed.get_total_flops() > 2 * macs * (1 + TOLERANCE):
@@ -238,6 +238,20 @@ def _refuse_hidden(module: nn.Module, example: Tensor, hidden: list[str], macs: 
         )
 
 
+@contextmanager
+def _plain_layers() -> Iterator[None]:
+    """Without oneDNN and cuDNN. Their `flags` of torch would read its old switches of TF32, and that may raise."""
+    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [(backend, backend.enabled) for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        for backend, enabled in before:
+            backend.enabled = enabled
+
+
 def _shape(value: Any) -> list[int]:
     return list(value.type().sizes())
 
@@ -245,6 +259,11 @@ def _shape(value: Any) -> list[int]:
 def _batch_norm_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """In eval mode it is x * scale + shift, with the statistics folded into both: one for each element."""
     return prod(_shape(inputs[0]))
+
+
+def _norm_macs(weight: int, inputs: list[Any], outputs: list[Any]) -> int:
+    """As fvcore estimates it, which takes five axes at most: four for each element, and one for the scale if there is one."""
+    return prod(_shape(inputs[0])) * (4 + inputs[weight].isCompleteTensor())
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -318,6 +337,11 @@ HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "aten::bilinear": _bilinear_macs,
     **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent_macs),
     **dict.fromkeys(("aten::lstm_cell", "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell"), _cell_macs),
+}
+NORMS: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    "aten::batch_norm": _batch_norm_macs,
+    "aten::instance_norm": partial(_norm_macs, 1),
+    **dict.fromkeys(("aten::layer_norm", "aten::group_norm"), partial(_norm_macs, 2)),
 }
 # Convolutions and matrix products. Each makes a layer; normalisation, activation and pooling belong to the layer before.
 PRODUCTS = frozenset({"aten::_convolution", "aten::mm", "aten::bmm", "aten::einsum", *HANDLES})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import prod
 
 import pytest
 import timm
@@ -232,6 +233,34 @@ def test_products_that_cannot_be_looked_into_are_refused_whatever_else_torch_doe
 def test_a_recurrent_layer_beside_code_without_products_is_counted(layer):
     x = torch.randn(3, 5, 7) if isinstance(layer, nn.LSTM) else torch.randn(3, 7)
     assert count(Before(layer, doubled), x).total == count(layer, x).total
+
+
+@pytest.mark.parametrize("backend", [torch.backends.cudnn, torch.backends.mkldnn], ids=["cudnn", "mkldnn"])
+def test_code_that_is_not_traced_is_looked_into_whatever_is_said_of_tf32(backend):
+    before = backend.enabled, backend.conv.fp32_precision
+    backend.conv.fp32_precision = "tf32" if before[1] == "ieee" else "ieee"
+    try:
+        assert count(Before(nn.Linear(7, 2), doubled), torch.randn(3, 7)).total == 3 * 7 * 2
+        assert (backend.enabled, backend.conv.fp32_precision) == (before[0], "tf32" if before[1] == "ieee" else "ieee")
+    finally:
+        backend.conv.fp32_precision = before[1]
+
+
+SIX, SEVEN = (1, 4, 2, 2, 2, 7), (1, 4, 2, 2, 2, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "each"),
+    [
+        *((nn.LayerNorm(7), shape, 5) for shape in ((1, 7), SIX, SEVEN)),
+        (nn.LayerNorm(7, elementwise_affine=False), SIX, 4),
+        *((nn.GroupNorm(2, 4), shape, 5) for shape in ((1, 4), SIX)),
+        (nn.InstanceNorm2d(4), (1, 4, 2, 2), 4),
+    ],
+    ids=str,
+)
+def test_a_norm_costs_the_same_for_each_number_in_any_number_of_axes(norm, shape, each):
+    assert count(norm, torch.randn(shape)).total == each * prod(shape)
 
 
 class Square(nn.Bilinear):
