@@ -32,9 +32,9 @@ COMPILED_PARTS: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     (lambda part: hasattr(part, "_orig_mod"),
      "has compiled parts ({0}), whose modules cannot be hooked. Put each back as it was: "
      "net.set_submodule({1!r}, net.get_submodule({1!r})._orig_mod)."),
-    (lambda part: isinstance(part, torch.jit.ScriptModule),
+    (lambda part: _is_scripted(part),
      "has parts of TorchScript ({0}), whose modules cannot be hooked. Give the network as it was before torch.jit.script or "
-     "torch.jit.trace."),
+     "torch.jit.trace, or start Python with PYTORCH_JIT=0, which leaves both out."),
     (lambda part: isinstance(part, torch.fx.GraphModule) and "eval" in vars(part),  # it refuses eval() by its own method
      "is of torch.export ({0}), so it has no modules that can be hooked. Give the network as it was before torch.export."),
     (lambda part: part._compiled_call_impl is not None,
@@ -52,10 +52,15 @@ SUM_IS_ONE = 1e-2  # also in half precision
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")  # and their submodules
 
 
+def _is_scripted(module: nn.Module) -> bool:
+    """Whether it runs as TorchScript. With PYTORCH_JIT=0 a class that derives from ScriptModule is like any other."""
+    return isinstance(module, torch.jit.ScriptModule) and hasattr(module, "_c")
+
+
 def require_runnable(module: nn.Module) -> None:
     """Refuse a module that cannot be hooked, counted or run."""
     kind = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+    if _is_scripted(module) or hasattr(module, "_orig_mod"):
         raise BackboneError(f"{kind} is compiled, so its modules cannot be hooked. Give the module that was compiled.")
     _require_unwrapped(module, kind)
     _require_uncompiled(module, kind)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +182,34 @@ def test_a_scripted_part_of_a_network_is_refused_by_name(script):
     said = r"^Sequential has parts of TorchScript \(0, 0\.0\), .*cannot be hooked\. Give the network as it was before torch\.jit"
     with pytest.raises(BackboneError, match=said):
         ptee.augment(net, exits=["1"], input_size=SIZE)
+
+
+SCRIPTED_CLASS = """
+import torch, ptee
+from torch import nn
+
+class Block(torch.jit.ScriptModule):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    @torch.jit.script_method
+    def forward(self, x):
+        return x + self.conv(x).relu()
+
+net = nn.Sequential(nn.Conv2d(3, 4, 3), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+print([exit.name for exit in ptee.plan(net, exits=["1"], input_size=(3, 8, 8)).exits])
+"""
+
+
+@pytest.mark.parametrize(("jit", "said"), [("0", "['1']"), ("1", "or start Python with PYTORCH_JIT=0, which leaves")])
+def test_a_class_of_scripted_modules_gets_exits_where_torch_jit_is_switched_off_as_the_refusal_says(
+    jit, said, tmp_path
+):
+    (tmp_path / "net.py").write_text(SCRIPTED_CLASS)  # torch.jit reads the source again
+    python = [sys.executable, "-W", "ignore", str(tmp_path / "net.py")]
+    done = subprocess.run(python, capture_output=True, text=True, env=os.environ | {"PYTORCH_JIT": jit})
+    assert said in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("place", ["all of it", "0"])
