@@ -198,11 +198,6 @@ class _Value:
     last_read: int
     last_write: int
 
-    def __str__(self) -> str:
-        if self.made_at == 0:
-            return "the image itself"
-        return f"the output of {self.made_by!r}" if self.made_by else "what was made outside of any module"
-
 
 @dataclass(frozen=True)
 class _Leaf:
@@ -357,7 +352,7 @@ class _Recorder(TorchDispatchMode):
         around = self._values_around(output)
         steps = self.steps(output) if around and may_restart else ()
         if around and not steps:
-            return f"the rest of the network also reads {around[0]}, which passes around it"
+            return f"the rest of the network also reads {self._words(around[0])}, which passes around it"
         return _cut_at(output, steps)
 
     def steps(self, output: _Output) -> tuple[Step, ...]:
@@ -389,6 +384,14 @@ class _Recorder(TorchDispatchMode):
         passing = np.flatnonzero((made_at <= output.time) & (last_read > output.time))
         own = output.values
         return [self._values[i] for i in passing if self._values[i] not in own]
+
+    def _words(self, value: _Value) -> str:
+        if not value.made_at:
+            return "the image itself"
+        if not (maker := value.made_by):
+            return "what was made outside of any module"
+        given = any(value in output.values for output in self._outputs if output.name == maker)
+        return f"{'the output of' if given else 'what was made inside of'} {maker!r}"
 
     @cached_property
     def _times(self) -> np.ndarray[Any, Any]:

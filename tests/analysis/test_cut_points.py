@@ -173,7 +173,7 @@ REFUSED = {
     "called twice": (twice, "part.0.0", "called 2 times"),
     "a skip connection around": (Skip, "part.one", "reads the output of 'entry', which passes around it"),
     "a skip connection through an attribute": (Stash, "part.one", "the output of 'entry'"),
-    "a mask that passes around": (Masked, "part.two", "passes around it"),
+    "a mask that passes around": (Masked, "part.two", "reads what was made inside of 'part', which passes around it"),
     "a branch of two": (from_pair, "part.inner.one", "the output of 'entry'"),
     "the image not in its output": (Constant, "part.table", "does not depend on the images"),
     "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
