@@ -69,11 +69,17 @@ class _Tree:
         shared = next((n for n, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
         deep = [len(path) > shared + 1 for path in paths]
         inner = [i for i, kind, d in zip(composite, classes, deep, strict=True) if d or classes.count(kind) > 1]
-        return units[(inner or composite)[0] : composite[-1] + 1]
+        first = (inner or composite)[0]
+        return units[next((i for i in range(1, first) if self._ends_several(units, i)), first) : composite[-1] + 1]
 
     def _is_chain(self, units: list[str], composite: list[int]) -> bool:
         """Whether single layers, one after another, make up nearly all of the cost, and the first block comes after them."""
         return composite[0] > len(composite) and self._cost(*[units[i] for i in composite]) < LARGE * self.counts.total
+
+    def _ends_several(self, units: list[str], i: int) -> bool:
+        """Whether several layers without a unit of their own come before this one, such as branches that it brings together."""
+        layers = self._products_until(units[i]) - self._products_until(units[i - 1])
+        return layers >= 2 and not self._is_composite(units[i])
 
     def _is_divided(self, name: str) -> bool:
         """Whether the blocks are inside of this module, rather than the module being a block itself."""
