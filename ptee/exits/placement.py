@@ -206,11 +206,12 @@ class Placer:
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:
         if num_exits is not None:
             return self._so_many(rule, num_exits)
-        for exits in range(MOST_EXITS, 0, -1):
-            for places in (self._blocks, self._cells):
-                if found := self._chosen(_choice(rule, exits), exits, places):
-                    return found
-        raise self._no_room(1, rule)
+        for kinds in ((self._blocks, self._cells), (self._parts,)):
+            for exits in range(MOST_EXITS, 0, -1):
+                for places in kinds:
+                    if found := self._chosen(_choice(rule, exits), exits, places):
+                        return found
+        return self._so_many(rule, 1)
 
     def _so_many(self, rule: str, exits: int) -> list[Cut]:
         """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
@@ -346,12 +347,24 @@ class Placer:
                 f"{self._for_example()} "
                 + (f"Modules that can be named as exits: {some(others)}." if others else "No other module can be one.")
             )
+        fewer: Advice = ("fewer (", Argument("num_exits"), "), ") if wanted > 1 else ()
         return CutError(
-            f"Cannot place {wanted} exits on {self.backbone.name} ({words}): {len(early)} of its blocks end in a cut below "
-            f"{LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at {self.cost(early[-1]):.3f}. "
-            "Ask for fewer (", Argument("num_exits"), "), another placement, or name fractions or modules.",
+            f"Cannot place {wanted} exit{'s' * (wanted > 1)} on {self.backbone.name} ({words}): {len(early)} of its blocks "
+            f"end{'s' * (len(early) == 1)} in a cut below {LATEST:.0%} of its cost, the first at {self.cost(early[0]):.3f}, the last at "
+            f"{self.cost(early[-1]):.3f}. {self._failures(early)}Ask for ", *fewer,
+            "another placement, or name fractions or modules.",
             argument="num_exits", value=wanted,
         )  # fmt: skip
+
+    def _failures(self, cuts: Sequence[Cut]) -> str:
+        """Which of these cuts fail their check, and why the first of them does."""
+        failed = [cut.name for cut in cuts if cut.name in self.failed]
+        if not failed:
+            return ""
+        verb, why = "fails its" if len(failed) == 1 else "fail their", self.failed[failed[0]].rstrip(".")
+        return (
+            f"{some(list(map(repr, failed)))} {verb} check{': ' if len(failed) == 1 else ', the first because '}{why}. "
+        )
 
     def _for_example(self) -> str:
         """Why the largest module that is no cut is none."""

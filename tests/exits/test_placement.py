@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -304,7 +305,7 @@ NEITHER = "neither names of modules nor fractions"
 REFUSALS = {
     "too many exits": (("linear", 40), CutError, r"40 exits on Steps \(linear\): 3 of its blocks"),
     "too many fractions": (([0.1, 0.2, 0.3, 0.4],), CutError, r"4 exits on Steps .*0\.1, 0\.2.*: 3 of its blocks"),
-    "a fraction that nothing reaches": (([0.94],), CutError, r"1 exits on Steps \(at 0\.94\).*the last at 0\.7"),
+    "a fraction that nothing reaches": (([0.94],), CutError, r"1 exit on Steps \(at 0\.94\).*the last at 0\.7"),
     "no exit": (("linear", 0), CutError, r"0 exits: ask for one"),
     "fewer than none": (("linear", -1), CutError, r"-1 exits: ask for one"),
     "an empty list": (([],), CutError, r"No exit is named.*'pareto', fractions, or names"),
@@ -398,6 +399,71 @@ def test_more_exits_than_modules_are_refused_before_any_work(rule, monkeypatch):
     monkeypatch.setitem(PLACEMENTS, rule, lambda *_: pytest.fail("the rule was asked"))
     with pytest.raises(CutError, match=r"Cannot place 1000000000 exits .*Ask for fewer \(num_exits=\)"):
         plan(rule, 10**9)
+
+
+class EarlyBlock(nn.Module):
+    """One block with a tenth of the cost, then two branches without an end of their own. Or a block whose check fails."""
+
+    def __init__(self, keeps_rows: bool = False) -> None:
+        super().__init__()
+        self.stem, self.keeps_rows = nn.Conv2d(3, 8, 3, padding=1), keeps_rows
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.one, self.two, self.fc = nn.Conv2d(8, 32, 3), nn.Conv2d(8, 32, 3), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        x = self.block(F.conv2d(x, self.stem.weight) if self.keeps_rows else self.stem(x))
+        x = (self.one(x) * self.two(x)).mean((2, 3))
+        return self.fc(x.view(rows, -1) if self.keeps_rows else x)
+
+
+@pytest.mark.parametrize("exits", [None, *PLACEMENTS])
+def test_the_only_block_gets_an_exit_wherever_the_rule_would_have_it(exits):
+    made = ptee.plan(EarlyBlock(), exits=exits, head="pool", input_size=(3, 8, 8))
+    assert [e.name for e in made.exits] == ["block"]
+    assert made.exits[0].backbone_cost < 0.2
+
+
+class Branches(nn.Module):
+    """Its code adds what its modules give to what passes around them."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(parts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = x + part(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@each_rule
+def test_a_rule_places_as_many_exits_as_it_can_also_where_values_pass_all_modules(rule):
+    made = ptee.plan(Branches(8), exits=rule, head="pool", input_size=(3, 8, 8))
+    assert len(made.exits) >= 3
+    assert all(e.name.startswith("parts.") for e in made.exits)
+
+
+def test_where_blocks_fail_their_check_the_error_says_why():
+    said = (
+        r"^Cannot place 1 exit on EarlyBlock \(pareto\): 1 of its blocks ends in a cut below 95% of its cost, the first at 0\.\d+, the last "
+        r"at 0\.\d+\. 'block' fails its check: the forward pass would start again there, and \d+% of its work lies outside of modules and "
+        r"would be done twice\. Ask for another placement, or name fractions or modules\.$"
+    )
+    with pytest.raises(CutError, match=said):
+        ptee.plan(EarlyBlock(keeps_rows=True), input_size=(3, 8, 8))
+
+
+def test_one_exit_that_cannot_be_placed_at_a_fraction_is_not_said_to_be_too_many():
+    said = (
+        r"^Cannot place 1 exit on EarlyBlock \(at 0\.5\): .* Ask for another placement, or name fractions or modules\.$"
+    )
+    with pytest.raises(CutError, match=said):
+        ptee.plan(EarlyBlock(), exits=0.5, input_size=(3, 8, 8))
 
 
 # ---------------------------------------------------------------------------------------------------- the plan as a value
