@@ -240,6 +240,11 @@ def _how_to_get_logits(output: Any, rows: int) -> str:
     """What to do with a network that has this output for so many images."""
     if isinstance(output, Tensor) and output.shape in ((rows,), (rows, 1)):
         return TWO_LOGITS
+    if isinstance(output, Tensor) and output.dim() == rows == 1:
+        return (
+            "It leaves out the axis of the images if there is one image, as .squeeze() does. Wrap it in a module that keeps it: "
+            "forward(self, x): return self.net(x).reshape(len(x), -1)."
+        )
     parts = _parts(output)
     for how, part in parts.items():
         if isinstance(part, Tensor) and part.dim() == 2 and len(part) == rows and part.shape[1] >= 2:

@@ -211,7 +211,11 @@ class Placer:
                 for places in kinds:
                     if found := self._chosen(_choice(rule, exits), exits, places):
                         return found
-        return self._so_many(rule, 1)
+        one = _with_room_for_all(_choice(rule, 1), 1, LATEST)
+        for places in (self._blocks, self._cells, self._parts):
+            if found := self._chosen(one, 1, places):
+                return found
+        raise self._no_room(1, rule)
 
     def _so_many(self, rule: str, exits: int) -> list[Cut]:
         """As the rule says. If it runs out of blocks, as near to it as leaves a block for each exit."""
@@ -286,7 +290,8 @@ class Placer:
     @cached_property
     def _parts(self) -> list[Cut]:
         """The cuts that end a block or a whole module past which values go: branches that run one after another."""
-        names = [n for n in self.survey.bypassed if self.counts.products.get(n, 0) >= 2]
+        layers = {n: self.counts.products.get(n, 0) for n in self.survey.bypassed}
+        names = [n for n in layers if layers[n] >= 2] or [n for n in layers if layers[n]]
         outermost = {n for n in names if not any(n.startswith(f"{other}.") for other in names)}
         cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
         return [cuts[name] for name in self.survey.order if name in cuts]

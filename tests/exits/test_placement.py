@@ -427,12 +427,11 @@ def test_the_only_block_gets_an_exit_wherever_the_rule_would_have_it(exits):
 class Branches(nn.Module):
     """Its code adds what its modules give to what passes around them."""
 
-    def __init__(self, parts: int) -> None:
+    def __init__(self, parts: int, layers: int) -> None:
         super().__init__()
         self.stem, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
-        self.parts = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(parts)
-        )
+        branches = [[layer for _ in range(layers) for layer in (nn.Conv2d(8, 8, 1), nn.ReLU())] for _ in range(parts)]
+        self.parts = nn.ModuleList(nn.Sequential(*branch) for branch in branches)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -441,11 +440,18 @@ class Branches(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @each_rule
-def test_a_rule_places_as_many_exits_as_it_can_also_where_values_pass_all_modules(rule):
-    made = ptee.plan(Branches(8), exits=rule, head="pool", input_size=(3, 8, 8))
+def test_a_rule_places_as_many_exits_as_it_can_also_where_values_pass_all_modules(rule, layers):
+    made = ptee.plan(Branches(8, layers), exits=rule, head="pool", input_size=(3, 8, 8))
     assert len(made.exits) >= 3
     assert all(e.name.startswith("parts.") for e in made.exits)
+
+
+def test_no_exit_is_placed_where_nothing_is_left_to_save():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(CutError, match=r"^No place for an exit was found .* Modules that can be named as exits: 0\.$"):
+        ptee.plan(net, input_size=(3, 16, 16))
 
 
 def test_where_blocks_fail_their_check_the_error_says_why():

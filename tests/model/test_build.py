@@ -174,6 +174,10 @@ REFUSED = {
         lambda: Answering(lambda y: y[:, 0]),
         r"gives a tensor \(2,\).*One logit z of a binary network is two",
     ),
+    "logits without their batch for one image": (
+        lambda: Answering(lambda y: y.squeeze()),
+        r"gives a tensor \(\d+,\) for 1 images, .*as \.squeeze\(\) does.*return self\.net\(x\)\.reshape\(len\(x\), -1\)\.",
+    ),
     "a forward of two arguments": (
         lambda: nn.Sequential(Normalize(), Masked()),
         r"called with images alone, and Masked.forward\(\) wants mask and scale too.*self\.net\(x, mask=\.\.\., scale=\.\.\.\)",
