@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-# Loggers that tell of downloads and retries, and of what torch.export raises in any case.
+# Loggers that tell of downloads and retries, and of what torch.export and fake runs raise in any case.
 LOUD = (
     *("timm", "huggingface_hub", "httpx", "urllib3", "filelock", "ray", "ray.serve"),
-    *("torch.fx.experimental.symbolic_shapes", "torch.export"),
+    *("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._subclasses.fake_tensor"),
 )
 
 NOBODY_READS = 141  # the status of a program that writes to a pipe without a reader

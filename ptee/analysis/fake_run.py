@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ptee._common.process import own_random_numbers
+from ptee._common.process import no_logs, own_random_numbers
 from ptee.analysis.arithmetic import exact_arithmetic, scratch_copy
 from ptee.analysis.freezing import hooked, one_parameter
 
@@ -53,7 +53,7 @@ def with_fake_tensors(work: Callable[[nn.Module, Tensor], T], module: nn.Module,
         try:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             fake = _fake_copy(module, mode)
-            with mode:
+            with no_logs, mode:
                 return work(fake, mode.from_tensor(images))
         except Exception:  # the network cannot be copied, or its code looks at values
             pass
@@ -70,7 +70,7 @@ def operators_run(module: nn.Module, input_size: tuple[int, int, int], rows: Seq
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake = _fake_copy(module, mode)
         like = one_parameter(fake)
-        with torch.no_grad(), mode:
+        with no_logs, torch.no_grad(), mode:
             for n, noted in zip(rows, found, strict=True):
                 images = like.new_empty(n, *input_size)
                 with _Operators(noted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
 from ptee.analysis import fake_run
+from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import survey
 from ptee.analysis.fake_run import with_fake_tensors
 
@@ -22,6 +24,24 @@ from ptee.analysis.fake_run import with_fake_tensors
 def heavy(monkeypatch):
     """Every network counts as heavy."""
     monkeypatch.setattr(fake_run, "HEAVY", 0)
+
+
+@pytest.mark.usefixtures("heavy")
+@pytest.mark.parametrize("work", ["a survey", "operators"])
+def test_torch_logs_nothing_where_a_fake_run_fails(work):
+    net, records = Net(Applying(lambda y: y + torch.zeros(3, 8, 1, 1))).eval(), []
+    listening = logging.Handler()
+    listening.emit = records.append
+    logging.getLogger("torch._subclasses.fake_tensor").addHandler(listening)
+    try:
+        if work == "operators":
+            assert fake_run.operators_run(net, SIZE, [3, 2]) == [[], []]
+        else:
+            with pytest.raises(BackboneError):
+                with_fake_tensors(logits_of, net, torch.zeros(2, *SIZE))
+    finally:
+        logging.getLogger("torch._subclasses.fake_tensor").removeHandler(listening)
+    assert not records
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s", "pit_ti_224", slow("hrnet_w18_small")])
