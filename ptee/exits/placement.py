@@ -289,11 +289,17 @@ class Placer:
 
     @cached_property
     def _parts(self) -> list[Cut]:
-        """The cuts that end a block or a whole module past which values go: branches that run one after another."""
+        """The cuts that end a block or a whole module past which values go: branches that run one after another.
+
+        The last branch of a block ends where the block does, and the block has what passes the branch, too.
+        """
         layers = {n: self.counts.products.get(n, 0) for n in self.survey.bypassed}
         names = [n for n in layers if layers[n] >= 2] or [n for n in layers if layers[n]]
+        ends = {self.cost(cut) for cut in self._blocks}
         outermost = {n for n in names if not any(n.startswith(f"{other}.") for other in names)}
-        cuts = {cut.name: cut for cut in self._blocks} | {n: self.survey.bypassed[n] for n in outermost}
+        cuts = {cut.name: cut for cut in self._blocks} | {
+            n: cut for n in outermost if self.cost(cut := self.survey.bypassed[n]) not in ends
+        }
         return [cuts[name] for name in self.survey.order if name in cuts]
 
     def _chosen(self, rule: Choice, wanted: int, places: list[Cut], latest: float = LATEST) -> list[Cut] | None:

@@ -448,6 +448,27 @@ def test_a_rule_places_as_many_exits_as_it_can_also_where_values_pass_all_module
     assert all(e.name.startswith("parts.") for e in made.exits)
 
 
+class TwoBranches(nn.Module):
+    """As in a transformer: what two modules give is added to what passes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize("exits", ["pareto", [0.2, 0.4, 0.7]])
+def test_where_the_last_branch_of_a_block_and_the_block_end_together_the_block_gets_the_exit(exits):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), TwoBranches(), TwoBranches(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    made = ptee.plan(net, exits=exits, num_exits=3, head="pool", input_size=(3, 8, 8))
+    assert [e.name for e in made.exits] == ["1.first", "1", "2.first"]
+
+
 def test_no_exit_is_placed_where_nothing_is_left_to_save():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     with pytest.raises(CutError, match=r"^No place for an exit was found .* Modules that can be named as exits: 0\.$"):
