@@ -207,10 +207,13 @@ class AxisTracker:
         return (*axes[:dim], new, *axes[dim + 1 :])
 
     def _stack(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
-        """A new axis, of several values for each position as channels are; a first one may be anything, also the rows."""
+        """A new axis: of several values for each position, as channels are, if the rows are elsewhere. Else it may be the rows."""
         dim = (args[1] if len(args) > 1 else 0) % len(shape)
         axes = self._elementwise(args[:1], (*shape[:dim], *shape[dim + 1 :]))
-        return axes and (*axes[:dim], _axis("c" if dim else UNKNOWN, shape[dim]), *axes[dim:])
+        if axes is None:
+            return None
+        has_rows = any(atom.letter == "b" for axis in axes for atom in axis)
+        return (*axes[:dim], _axis("c" if has_rows else UNKNOWN, shape[dim]), *axes[dim:])
 
     def _convolution(self, axes: Axes | None, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """The batch stays as it was. New channels come in second place, new positions after them."""

@@ -220,6 +220,7 @@ NO_LAYOUT = {
     "branches stacked before the batch, as more rows": lambda x: torch.stack([x, x]).flatten(0, 1),
     "rows stacked again": lambda x: torch.stack(list(x)),
     "columns stacked in place of channels": lambda x: torch.stack(x.unbind(3), 1),
+    "numbers stacked": lambda x: torch.stack([x.sum(), x.mean()]) * torch.ones(2),
 }
 
 
@@ -272,6 +273,10 @@ FOLLOWED = {
         Layout("bhwc", 5, 4, 6),
     ),
     "branches stacked as more channels": (lambda x: torch.stack([x, x], 2).flatten(1, 2), Layout("bchw", 10, 4, 6)),
+    "maps of one channel stacked before the batch": (
+        lambda x: torch.stack([x.mean(1), x.amax(1)]).transpose(0, 1),
+        Layout("bchw", 2, 4, 6),
+    ),
     "maps of one channel stacked": (lambda x: torch.stack([x.mean(1), x.amax(1)], 1), Layout("bchw", 2, 4, 6)),
     "a position axis gone": (lambda x: x[:, :, :1], Layout("bchw", 5, 1, 6)),
     "every second row and column, as channels": (
@@ -295,9 +300,10 @@ def test_equal_sizes_are_told_apart():
     assert torch.equal(turned.to_map(images.permute(0, 3, 2, 1)), images)
 
 
-def test_after_a_convolution_all_axes_are_known_again_if_the_first_has_the_size_of_the_batch():
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_after_a_convolution_all_axes_are_known_again_if_the_first_has_the_size_of_the_batch(dim):
     def lose_all_axes(x):
-        return torch.nn.functional.conv2d(torch.stack(list(x)), torch.ones(7, 5, 1, 1))
+        return torch.nn.functional.conv2d(torch.stack(list(x), dim).movedim(dim, 0), torch.ones(7, 5, 1, 1))
 
     images = torch.randn(4, 5, 4, 6)
     assert follow(images, lose_all_axes, rows=4)[1] == Layout("bchw", 7, 4, 6)
