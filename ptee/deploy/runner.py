@@ -56,12 +56,15 @@ class Runner:
     def __init__(self, manifest: Manifest, pieces: Sequence[Callable[..., Sequence[Array]]], device: str) -> None:
         self.manifest, self.pieces, self.device = manifest, pieces, device
         self._thresholds = self._each(manifest.thresholds)
-        self._again: Callable[[], Runner] | None = None
+        self._again: partial[Runner] | None = None
 
     def __reduce__(self) -> Any:
         """A copy, here or in another process, opens the folder again; its thresholds are those of now."""
-        assert self._again is not None
-        return self._again, (), {"_thresholds": self._thresholds.copy()}
+        if self._again is None:
+            raise PteeError(
+                "Only what ptee.load_exported opened can be copied or pickled: a copy opens its folder again."
+            )
+        return _opened_again, (self._again, self.manifest.fingerprint, self._thresholds.copy())
 
     def __repr__(self) -> str:
         return f"Runner({self.manifest.backbone}, {number_of(len(self.manifest.exits), 'exit')}, on {self.device})"
@@ -246,6 +249,17 @@ def load_exported(folder: str | Path, device: str | None = None, *, threads: int
         raise RunError(
             f"{place}: its files do not fit its manifest ({first_line(why)}) Export the model again."
         ) from why
+    return runner
+
+
+def _opened_again(opened: partial[Runner], fingerprint: str, thresholds: np.ndarray) -> Runner:
+    runner = opened()
+    if runner.manifest.fingerprint != fingerprint:
+        raise RunError(
+            f"{opened.args[0]} holds another model than the one that was copied or pickled: it was exported again. Open it by "
+            "ptee.load_exported, and copy or pickle that."
+        )
+    runner._thresholds = thresholds
     return runner
 
 

@@ -237,13 +237,13 @@ def test_a_recurrent_layer_beside_code_without_products_is_counted(layer):
 
 @pytest.mark.parametrize("backend", [torch.backends.cudnn, torch.backends.mkldnn], ids=["cudnn", "mkldnn"])
 def test_code_that_is_not_traced_is_looked_into_whatever_is_said_of_tf32(backend):
-    before = backend.enabled, backend.conv.fp32_precision
-    backend.conv.fp32_precision = "tf32" if before[1] == "ieee" else "ieee"
+    before = backend.conv.fp32_precision
+    other = backend.conv.fp32_precision = "tf32" if before == "ieee" else "ieee"
     try:
         assert count(Before(nn.Linear(7, 2), doubled), torch.randn(3, 7)).total == 3 * 7 * 2
-        assert (backend.enabled, backend.conv.fp32_precision) == (before[0], "tf32" if before[1] == "ieee" else "ieee")
+        assert (backend.enabled, backend.conv.fp32_precision) == (True, other)
     finally:
-        backend.conv.fp32_precision = before[1]
+        backend.conv.fp32_precision = before
 
 
 SIX, SEVEN = (1, 4, 2, 2, 2, 7), (1, 4, 2, 2, 2, 2, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from PIL import Image
 from small import SIZE, made
 
 import ptee
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, RunError
 from ptee.deploy.manifest import MAX_ROWS
-from ptee.deploy.runner import _program, onnx_piece
+from ptee.deploy.runner import Runner, _program, onnx_piece
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,22 @@ def test_a_copy_opens_the_folder_again_and_has_the_thresholds_of_now(exported, a
     assert torch.equal(other.predict(x).logits, runner.predict(x).logits)
     runner.threshold = 0.9
     assert other.threshold == [0.2, 2.0]
+
+
+def test_a_copy_of_a_model_that_was_exported_again_is_refused(exported, tmp_path):
+    """Thresholds of one exit would go for all exits of another model, without a word."""
+    runner = ptee.load_exported(shutil.copytree(exported, tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out")
+    ptee.export(made().cpu(), tmp_path / "out")
+    with pytest.raises(RunError, match=r"out holds another model than the one .* Open it by ptee\.load_exported"):
+        copy.deepcopy(runner)
+
+
+def test_pieces_without_a_folder_cannot_be_copied(exported):
+    opened = ptee.load_exported(exported)
+    runner = Runner(opened.manifest, opened.pieces, "cpu")
+    with pytest.raises(PteeError, match=r"Only what ptee\.load_exported opened can be copied or pickled"):
+        copy.copy(runner)
 
 
 def test_a_device_of_torch_will_do(exported):
