@@ -77,7 +77,7 @@ class _Tree:
         return composite[0] > len(composite) and self._cost(*[units[i] for i in composite]) < LARGE * self.counts.total
 
     def _ends_several(self, units: list[str], i: int) -> bool:
-        """Whether several layers without a unit of their own come before this one, such as branches that it brings together."""
+        """Whether this layer is the last of several between which there is no unit, such as branches that it brings together."""
         layers = self._products_until(units[i]) - self._products_until(units[i - 1])
         return layers >= 2 and not self._is_composite(units[i])
 

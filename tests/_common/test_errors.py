@@ -13,7 +13,17 @@ import pytest
 import ptee
 from ptee._common import errors
 from ptee._common import text as tables
-from ptee._common.errors import Argument, PteeError, UnknownName, ended_worker, first_line, possible, some, unknown
+from ptee._common.errors import (
+    Argument,
+    PteeError,
+    UnknownName,
+    ended_worker,
+    first_line,
+    possible,
+    ran_out_of_memory,
+    some,
+    unknown,
+)
 
 KINDS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, PteeError)]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -190,3 +200,10 @@ def test_lines_of_a_message_stay_apart():
 def test_a_process_that_loads_images_and_ended_by_itself_may_lack_a_class_of_a_notebook(how, why):
     found = ended_worker(RuntimeError(f"DataLoader worker (pid 17) {how}"))
     assert str(found) == f"A process that loads images has ended {why} of them, or none (num_workers=0)."
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("out of memory"), PteeError("out of memory"), RuntimeError("too large")], ids=repr
+)
+def test_what_is_no_device_without_room_is_not_taken_for_one(error):
+    assert not ran_out_of_memory(error)

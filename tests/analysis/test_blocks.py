@@ -191,6 +191,29 @@ def test_a_stem_of_several_layers_is_no_block_even_if_all_blocks_have_different_
     assert find(net, (3, 8, 8)).blocks == ["1.0", "1.1"]
 
 
+def test_a_stem_of_several_layers_behind_a_first_layer_is_no_block_either():
+    stem = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), stem, nn.Sequential(Residual(), Residual()), nn.Conv2d(8, 5, 8), nn.Flatten()
+    )
+    assert find(net, (3, 8, 8)).blocks == ["2.0", "2.1"]
+
+
+class Skips(nn.Module):
+    """Two levels, in which one convolution ends what another one adds, and a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.fc = nn.Conv2d(3, 8, 3, padding=1), Residual(), nn.Linear(8, 5)
+        self.levels = nn.ModuleList(nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for one, end in self.levels:
+            x = end(x + one(x))
+        return self.fc(self.block(x).mean((2, 3)))
+
+
 class Levels(nn.Module):
     """Two levels of three branches, each with one convolution as its end, and a residual block."""
 
@@ -206,8 +229,9 @@ class Levels(nn.Module):
         return self.fc(self.block(x).mean((2, 3)))
 
 
-def test_a_layer_at_the_end_of_several_others_ends_a_block_even_before_the_first_block_of_one_module():
-    assert find(Levels(), (3, 8, 8)).blocks == ["levels.0.3", "levels.1.3", "block"]
+@pytest.mark.parametrize(("kind", "end"), [(Levels, 3), (Skips, 1)])
+def test_a_layer_at_the_end_of_others_ends_a_block_even_before_the_first_block_of_one_module(kind, end):
+    assert find(kind(), (3, 8, 8)).blocks == [f"levels.0.{end}", f"levels.1.{end}", "block"]
 
 
 def test_an_activation_after_a_block_is_not_the_end_of_the_block():

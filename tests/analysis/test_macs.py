@@ -256,11 +256,20 @@ SIX, SEVEN = (1, 4, 2, 2, 2, 7), (1, 4, 2, 2, 2, 2, 7)
         (nn.LayerNorm(7, elementwise_affine=False), SIX, 4),
         *((nn.GroupNorm(2, 4), shape, 5) for shape in ((1, 4), SIX)),
         (nn.InstanceNorm2d(4), (1, 4, 2, 2), 4),
+        (nn.InstanceNorm2d(4, affine=True), (1, 4, 2, 2), 5),
     ],
     ids=str,
 )
 def test_a_norm_costs_the_same_for_each_number_in_any_number_of_axes(norm, shape, each):
     assert count(norm, torch.randn(shape)).total == each * prod(shape)
+
+
+def test_a_device_without_room_is_no_network_that_cannot_be_counted():
+    def full(x: Tensor) -> Tensor:
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB).")
+
+    with pytest.raises(RuntimeError, match=r"^MPS backend out of memory"):
+        count(Before(nn.Linear(7, 2), full), torch.randn(3, 7))
 
 
 class Square(nn.Bilinear):

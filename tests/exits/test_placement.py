@@ -469,6 +469,14 @@ def test_where_the_last_branch_of_a_block_and_the_block_end_together_the_block_g
     assert [e.name for e in made.exits] == ["1.first", "1", "2.first"]
 
 
+@each_rule
+def test_a_rule_without_a_number_keeps_to_blocks_where_there_are_some(rule):
+    blocks = [TwoBranches() for _ in range(5)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    made = ptee.plan(net, exits=rule, head="pool", input_size=(3, 8, 8))
+    assert {e.name for e in made.exits} <= {"1", "2", "3", "4"}
+
+
 def test_no_exit_is_placed_where_nothing_is_left_to_save():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     with pytest.raises(CutError, match=r"^No place for an exit was found .* Modules that can be named as exits: 0\.$"):
@@ -483,6 +491,14 @@ def test_where_blocks_fail_their_check_the_error_says_why():
     )
     with pytest.raises(CutError, match=said):
         ptee.plan(EarlyBlock(keeps_rows=True), input_size=(3, 8, 8))
+
+
+def test_of_several_blocks_that_fail_their_check_the_error_says_why_the_first_does():
+    net = EarlyBlock(keeps_rows=True)
+    net.block = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(2)))
+    said = r"'block\.0', 'block\.1' fail their check, the first because the forward pass would start again there, .* twice\. Ask for"
+    with pytest.raises(CutError, match=said):
+        ptee.plan(net, input_size=(3, 8, 8))
 
 
 def test_one_exit_that_cannot_be_placed_at_a_fraction_is_not_said_to_be_too_many():

@@ -178,6 +178,10 @@ REFUSED = {
         lambda: Answering(lambda y: y.squeeze()),
         r"gives a tensor \(\d+,\) for 1 images, .*as \.squeeze\(\) does.*return self\.net\(x\)\.reshape\(len\(x\), -1\)\.",
     ),
+    "logits of the whole batch": (
+        lambda: Answering(lambda y: y.mean(0)),
+        r"gives a tensor \(\d+,\) for 2 images, .* K >= 2\. Wrap it in a module that gives its logits\.",
+    ),
     "a forward of two arguments": (
         lambda: nn.Sequential(Normalize(), Masked()),
         r"called with images alone, and Masked.forward\(\) wants mask and scale too.*self\.net\(x, mask=\.\.\., scale=\.\.\.\)",
