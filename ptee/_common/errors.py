@@ -38,7 +38,13 @@ ELSEWHERE = {
     "maxepochs": "epochs",
 }
 ENDED_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?([^.]+)")  # what torch says of one
-NO_ROOM = ("out of memory", "not enough memory", "can't allocate memory")
+NO_ROOM = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True)

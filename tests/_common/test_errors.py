@@ -203,6 +203,20 @@ def test_a_process_that_loads_images_and_ended_by_itself_may_lack_a_class_of_a_n
 
 
 @pytest.mark.parametrize(
+    "said",
+    [
+        "MPS backend out of memory (MPS allocated: 17 GB)",
+        "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "unable to mmap 9 bytes from file </torch_1>: Cannot allocate memory (12)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_device_without_room_is_known_by_what_torch_says(said):
+    assert ran_out_of_memory(RuntimeError(said))
+
+
+@pytest.mark.parametrize(
     "error", [ValueError("out of memory"), PteeError("out of memory"), RuntimeError("too large")], ids=repr
 )
 def test_what_is_no_device_without_room_is_not_taken_for_one(error):
