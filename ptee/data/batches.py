@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from numbers import Integral, Number
 from pathlib import Path
@@ -338,15 +339,23 @@ def same_images(one: Any, other: Any) -> bool:
 
 def marks_of(images: Tensor) -> Tensor:
     """(b,) int64, a hash of some values of each image (b, c, h, w), the same in any process; NO_MARK for an image of one colour."""
-    places = torch.linspace(0, images.shape[1:].numel() - 1, MARKED_VALUES, dtype=torch.float64, device="cpu").long()
-    channel, row, column = (at.contiguous() for at in torch.unravel_index(places.to(images.device), images.shape[1:]))
-    few = images.detach()[:, channel, row, column].to("cpu", torch.float32)
+    places, first = _marked_places(images.shape[1:])
+    few = images.detach()[(slice(None), *places.to(images.device))].to("cpu", torch.float32)
     hashes = [blake2b(values.numpy().tobytes(), digest_size=MARK_BYTES).digest() for values in few]
     marks = torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
-    # each value beside the first of its channel, as white need not be the same in all
-    first = torch.searchsorted(channel, channel).to("cpu")
     alike = (few == few[:, first]).all(1) | ~few.isfinite().all(1)
     return marks.where(~alike, NO_MARK)
+
+
+@lru_cache(maxsize=8)
+def _marked_places(shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Where the values of a mark are in an image (c, h, w): (3, n) channel, row and column; and (n,) the first of each one's channel.
+
+    Each value is compared with the first of its channel, as white need not be the same in all.
+    """
+    places = torch.linspace(0, shape.numel() - 1, MARKED_VALUES, dtype=torch.float64, device="cpu").long()
+    found = torch.stack(torch.unravel_index(places, shape))
+    return found, torch.searchsorted(found[0], found[0])
 
 
 def number_of_shared(marks: Tensor, others: Tensor) -> int:

@@ -31,7 +31,7 @@ WEIGHTS = (1e-3, 1e4)  # of one wrong answer, in costs of the backbone; bisected
 BISECTIONS, MAX_SWEEPS = 12, 20
 IMPROVED = 4  # subsets that moves of two exits are tried on
 PAIR_STEPS, MAX_ROUNDS = 24, 3  # numbers tried for the first exit of a pair; rounds over all pairs
-BATCH = 4  # subsets that are searched at once: more do not fit into a processor's cache
+AT_ONCE = 2**14  # images times subsets of exits that are searched at once: more do not fit into a processor's cache
 TIE = 1e-7  # weight of what is limited, to choose among solutions that are equal in what is minimised
 
 
@@ -217,7 +217,8 @@ def _running(gains: Tensor) -> Tensor:
 
 def _several_thresholds(problem: Problem, on: Tensor, price: Tensor, start: Tensor) -> Tensor:
     """(S, E) numbers of images taken: by descent, and for the best subsets improved by moves of two exits."""
-    parts = zip(on.split(BATCH), price.split(BATCH), start.split(BATCH), strict=True)
+    batch = max(4, AT_ONCE // max(problem.images, 1))
+    parts = zip(on.split(batch), price.split(batch), start.split(batch), strict=True)
     taken = torch.stack([start, torch.cat([_descended(problem, *part) for part in parts])])
     cost, loss = (each.view(2, -1) for each in problem.outcome(price.repeat(2, 1), taken.flatten(0, 1)))
     which, objective = problem.best(cost.T, loss.T)
