@@ -14,7 +14,7 @@ memory through another view. Those cases are found with numbers (`analysis.verif
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -118,7 +118,8 @@ class Survey:
         if name not in dict(backbone.named_modules(remove_duplicate=False)) or not name:
             raise unknown("module", name, self.cuts)
         reason = self.refused.get(name, "it is not called in the forward pass")
-        raise CutError(f"No exit can stand at {name!r}: {reason}. {remedy(name, self.cuts)}")
+        possible = [n for n in self.order if n in self.cuts or (bypassed and n in self.bypassed)]
+        raise CutError(f"No exit can stand at {name!r}: {reason}. {remedy(name, possible)}")
 
 
 @torch.inference_mode(False)  # inside of it torch shows the parts of an operator in place of the operator
@@ -177,13 +178,13 @@ def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]
     return noise.to(like.device, like.dtype)
 
 
-def remedy(name: str, cuts: dict[str, Cut]) -> str:
-    """What to type instead: the smallest module around this one that is a cut point, or else what there is."""
+def remedy(name: str, possible: Collection[str]) -> str:
+    """What to type instead: the smallest module around this one at which an exit can stand, or else all of these."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
-        if (outer := ".".join(parts[:end])) in cuts:
+        if (outer := ".".join(parts[:end])) in possible:
             return f"Use {outer!r}, which holds it."
-    return f"Exits can stand at {some(list(cuts))}." if cuts else "No exit can stand anywhere in this network."
+    return f"Exits can stand at {some(list(possible))}." if possible else "No exit can stand anywhere in this network."
 
 
 # ---------------------------------------------------------------------------------------------------- the recording

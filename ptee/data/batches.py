@@ -340,7 +340,8 @@ def same_images(one: Any, other: Any) -> bool:
 def marks_of(images: Tensor) -> Tensor:
     """(b,) int64, a hash of some values of each image (b, c, h, w), the same in any process; NO_MARK for an image of one colour."""
     places, first = _marked_places(images.shape[1:])
-    few = images.detach()[(slice(None), *places.to(images.device))].to("cpu", torch.float32)
+    channel, row, column = places.to(images.device)
+    few = images.detach()[:, channel, row, column].to("cpu", torch.float32)
     hashes = [blake2b(values.numpy().tobytes(), digest_size=MARK_BYTES).digest() for values in few]
     marks = torch.tensor([int.from_bytes(one, "big") for one in hashes], dtype=torch.int64, device="cpu")
     alike = (few == few[:, first]).all(1) | ~few.isfinite().all(1)

@@ -241,7 +241,7 @@ class Placer:
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
             raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
-        wanted = {name: self.survey.cut(name, self.backbone.module, self.placed) for name in names}
+        wanted = {name: self.survey.cut(name, self.backbone.module, self._may_be_passed(name)) for name in names}
         cuts = [wanted[name] for name in self.survey.order if name in wanted]
         self._verify(cuts)
         for name, reason in self.failed.items():
@@ -256,6 +256,11 @@ class Placer:
                     "Leave one of the two out."
                 )
         return cuts
+
+    def _may_be_passed(self, name: str) -> bool:
+        """Whether values may pass the module that is named. Not where an early cut point holds it, which has them, too."""
+        outer = (cut for cut in self.survey.cuts.values() if name.startswith(f"{cut.name}."))
+        return self.placed or all(self.cost(cut) > LATEST for cut in outer)
 
     def cost(self, cut: Cut) -> float:
         """B_n / B, the backbone's cost up to a cut. An identity costs what was spent before it."""

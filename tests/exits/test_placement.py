@@ -448,6 +448,23 @@ def test_a_rule_places_as_many_exits_as_it_can_also_where_values_pass_all_module
     assert all(e.name.startswith("parts.") for e in made.exits)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_exits_of_a_plan_can_be_named_also_where_values_pass_all_modules(layers):
+    made = ptee.plan(Branches(8, layers), exits="pareto", head="pool", input_size=(3, 8, 8))
+    names = [e.name for e in made.exits]
+    assert ptee.plan(Branches(8, layers), exits=names, head="pool", input_size=(3, 8, 8)).exits == made.exits
+    with pytest.raises(CutError, match=r"^No exit can stand at 'parts\.1\.0': .* Use 'parts\.1', which holds it"):
+        ptee.plan(Branches(8, layers), exits=["parts.1.0"], head="pool", input_size=(3, 8, 8))
+
+
+def test_where_a_module_that_values_pass_lies_in_an_early_cut_point_the_cut_point_is_advised():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), TwoBranches(), nn.Conv2d(8, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        CutError, match=r"^No exit can stand at '1\.first': .*passes around it\. Use '1', which holds it"
+    ):
+        ptee.plan(net, exits=["1.first"], head="pool", input_size=(3, 8, 8))
+
+
 class TwoBranches(nn.Module):
     """As in a transformer: what two modules give is added to what passes them."""
 
