@@ -90,9 +90,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers(device: torch.device) -> None:
+def same_random_numbers(request: pytest.FixtureRequest) -> None:
     """On a CPU its generator alone: for every other kind of device torch would note the seed with all calls that led to it."""
-    if device.type == "cpu":
+    if wanted_device(request.config).type == "cpu":
         torch.default_generator.manual_seed(0)
     else:
         torch.manual_seed(0)
