@@ -175,7 +175,7 @@ def names_of_examples() -> dict[str, object]:
     model = ptee.augment(copy.deepcopy(backbone), num_exits=3, head="pool", input_size=(3, 32, 32))
     return {
         "ptee": ptee, "backbone": backbone, "images": images, "model": model, "out": model.predict(images),
-        "train_data": data(backbone, 256, 1), "val_data": data(backbone, 60, 2), "calibration_data": data(backbone, 60, 3),
+        "train_data": data(backbone, 96, 1), "val_data": data(backbone, 60, 2), "calibration_data": data(backbone, 60, 3),
     }  # fmt: skip
 
 

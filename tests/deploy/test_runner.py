@@ -77,11 +77,12 @@ def test_an_exported_model_says_in_one_line_what_it_is(exported):
 def test_a_copy_opens_the_folder_again_and_has_the_thresholds_of_now(exported, again, monkeypatch):
     x = torch.randn(4, *SIZE, generator=drawn(0), device="cpu")
     monkeypatch.chdir(exported.parent)
-    runner = ptee.load_exported(exported.name)
+    runner = ptee.load_exported(exported.name, threads=2)
     runner.threshold = [0.2, 2.0]
     monkeypatch.chdir("/")
     other = again(runner)
     assert other.threshold == [0.2, 2.0]
+    assert other._again.keywords == {"threads": 2}
     assert torch.equal(other.predict(x).logits, runner.predict(x).logits)
     runner.threshold = 0.9
     assert other.threshold == [0.2, 2.0]
