@@ -36,11 +36,12 @@ class Done(NamedTuple):
 Run = Callable[..., Done]
 
 
-def quietly(*words: object) -> None:
-    """A command that makes what several tests use."""
-    with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()):
+def quietly(*words: object) -> str:
+    """A command that makes what several tests use, and what it said."""
+    with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()) as said:
         main([str(word) for word in words])
     assert end.value.code == 0
+    return said.getvalue()
 
 
 def assert_refused(done: Done, said: str) -> None:
