@@ -276,11 +276,17 @@ def test_out_of_memory_is_no_error_of_ptee(error, run, plan_fails):
 NOBODY_READS = r"Nobody reads the output any more.*\n"
 
 
-@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize(
-    "words",
-    [["recipe"], ["--help"], ["plan", "--help"], pytest.param(["plan", *map(str, RANDOM)], marks=pytest.mark.slow)],
-    ids=["a command", "the help", "a command's help", "a plan"],
+    ("words", "buffered"),
+    [
+        pytest.param(["recipe"], "", id="a command, buffered"),
+        pytest.param(["recipe"], "1", id="a command, unbuffered"),
+        pytest.param(["--help"], "", id="the help, buffered"),
+        slow(["--help"], "1", id="the help, unbuffered"),
+        slow(["plan", "--help"], "", id="a command's help, buffered"),
+        pytest.param(["plan", "--help"], "1", id="a command's help, unbuffered"),
+        *(slow(["plan", *map(str, RANDOM)], buffered, id=f"a plan, buffered={buffered!r}") for buffered in ("", "1")),
+    ],
 )
 def test_a_reader_that_goes_away_is_told_in_one_line(words, buffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", buffered)
