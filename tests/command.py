@@ -20,7 +20,7 @@ from ptee.model.run_config import fingerprint
 NETWORK = ("--model", "cifar_resnet8", "--input-size", "3,16,16")
 MODEL = (*NETWORK, "--exits", "layer1,layer2")
 RANDOM = (*MODEL, "--no-pretrained")
-BRIEF = ("--epochs", 2, "--batch-size", 8, "--set", "training.precision=no")
+BRIEF = ("--epochs", 2, "--batch-size", 12, "--set", "training.precision=no")
 SHORT = (*BRIEF, "--head", "pool", "--no-speed")  # where neither the recipe's heads nor their speed matter
 TEN = [f"class{k}" for k in range(10)]
 

@@ -99,7 +99,9 @@ def digits(digits_once, elsewhere) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [("compare", "--lines", "own"), ("report", "--lines", "own"), slow(("plot", "--out", "p.html"))], ids=lambda words: words[0]
+    "command",
+    [("compare", "--lines", "own"), ("report", "--lines", "own"), slow(("plot", "--out", "p.html"))],
+    ids=lambda words: words[0],
 )
 def test_a_smaller_network_from_a_file_is_built_for_the_classes_of_the_run(run, digits, command):
     name, *more = command
@@ -187,7 +189,7 @@ def test_a_row_for_each_run_is_written_where_one_is_asked_for(run, finished):
 
 
 def test_a_run_of_heads_that_read_earlier_answers_is_compared_by_the_lines_that_are_asked_for(run, known):
-    words = ("--recipe", "ztw", "--targets", "pseudo", "--no-speed", "--out", "runs/ztw")
+    words = ("--recipe", "ztw", "--targets", "pseudo", "--no-speed", "--threshold", 0.5, "--out", "runs/ztw")
     assert run("augment", *known, *BRIEF, *words).status == 0
     assert [each["head"] for each in read_json("runs/ztw", "config.json")["exits"]] == ["conv2", "conv2+"]
     done = run("compare", "runs/ztw", "--lines", "entropy, own", "--json")

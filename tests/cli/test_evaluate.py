@@ -109,7 +109,9 @@ def test_other_images_are_measured_all_even_where_labels_cannot_be_mapped(run, f
     assert evaluated(run, finished, "--data", "others")["samples"] == 20
 
 
-@pytest.mark.parametrize("command", [("evaluate",), ("tune", "--max-fidelity-drop", 0.9), ("compare", "--drops", 0.5)])
+@pytest.mark.parametrize(
+    "command", [("evaluate",), ("tune", "--max-fidelity-drop", 0.9), ("compare", "--lines", "own", "--drops", 0.5)]
+)
 def test_what_lies_beside_the_class_folders_and_is_not_read_is_named(command, run, finished):
     pictures(Path("others"), TEN, 3)
     for file in Path("others", "class3").iterdir():

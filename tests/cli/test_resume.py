@@ -93,7 +93,7 @@ def test_interrupted_in_the_first_epoch_a_run_that_was_to_be_replaced_is_as_it_w
 
 @pytest.mark.parametrize("where", ["take_over", "_set_confidence", "_set_thresholds", "_save"])
 def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, monkeypatch):
-    words = ("augment", *known, *SHORT, "--out", "out")
+    words = ("augment", *known, *SHORT, "--threshold", 0.5, "--out", "out")
     with monkeypatch.context() as patch:
         patch.setattr(fitting, where, press_ctrl_c)
         broken = run(*words)
@@ -107,7 +107,7 @@ def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, kn
 
 
 def test_interrupted_while_it_measures_only_the_measurement_is_left(run, known, monkeypatch):
-    words = ("augment", *known, *SHORT, "--out", "out")
+    words = ("augment", *known, *SHORT, "--threshold", 0.5, "--out", "out")
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "evaluate", press_ctrl_c)
         broken = run(*words)

@@ -124,7 +124,9 @@ def test_a_run_of_a_sweep_has_the_numbers_that_it_has_alone(grid, run, things):
     assert run("augment", *source, "--recipe", "base.yaml", "--epochs", 2, "--no-speed", "--out", "alone").status == 0
     alone, swept = files(Path("alone")), files(grid.folder / "epochs=2_seed=0")
     assert alone["heads.safetensors"] == swept["heads.safetensors"]
-    assert figures(read_json("alone", "metrics.json")["results"]) == figures(json.loads(swept["metrics.json"])["results"])
+    assert figures(read_json("alone", "metrics.json")["results"]) == figures(
+        json.loads(swept["metrics.json"])["results"]
+    )
 
 
 CALIBRATED = BASE.replace("{name: max_prob}", "{}")  # which these images are too few for

@@ -82,7 +82,7 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
         "exits": ["layer1", "layer2"],
         "head": "pool",
         "epochs": 2,
-        "batch_size": 8,
+        "batch_size": 12,
         "precision": "no",
         name: value,
     }
