@@ -20,7 +20,7 @@ from ptee.model.run_config import fingerprint
 NETWORK = ("--model", "cifar_resnet8", "--input-size", "3,16,16")
 MODEL = (*NETWORK, "--exits", "layer1,layer2")
 RANDOM = (*MODEL, "--no-pretrained")
-BRIEF = ("--epochs", 2, "--batch-size", 8, "--set", "training.precision=no")
+BRIEF = ("--epochs", 2, "--batch-size", 12, "--set", "training.precision=no")
 SHORT = (*BRIEF, "--head", "pool", "--no-speed")  # where neither the recipe's heads nor their speed matter
 TEN = [f"class{k}" for k in range(10)]
 
@@ -36,11 +36,12 @@ class Done(NamedTuple):
 Run = Callable[..., Done]
 
 
-def quietly(*words: object) -> None:
-    """A command that makes what several tests use."""
-    with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()):
+def quietly(*words: object) -> str:
+    """A command that makes what several tests use, and what it said."""
+    with pytest.raises(SystemExit) as end, redirect_stdout(StringIO()) as said:
         main([str(word) for word in words])
     assert end.value.code == 0
+    return said.getvalue()
 
 
 def assert_refused(done: Done, said: str) -> None:

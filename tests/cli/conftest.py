@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from ptee.backbones.load import load_backbone
 from ptee.cli.main import main
+from ptee.evaluation import results
+from ptee.timing import laps
 from ptee.training import trainer
 
 
@@ -29,6 +31,14 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     return tmp_path / "work"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def once() -> Iterator[None]:
+    """What is measured is not repeated to be long enough for a clock: no test here is about how many seconds it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(laps, "LONG_ENOUGH", 0.0)
+        yield
 
 
 @pytest.fixture
@@ -71,12 +81,35 @@ def foreign(things) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="session")
-def original(things, tmp_path_factory) -> Path:
-    """A run whose validation images were drawn with a seed of its own, to be left as it is."""
+def original_and_said(things, tmp_path_factory) -> tuple[Path, str]:
+    """A run whose validation images were drawn with a seed of its own, and what was said as it was made."""
     out = tmp_path_factory.mktemp("runs") / "out"
     source = ("--weights", things / "weights.safetensors", "--data", things / "ten")
     target = ("--max-fidelity-drop", 0.99, "--set", "thresholds.margin=0")
-    quietly("augment", *MODEL, *source, *SHORT, *target, "--seed", 3, "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "in_turns", None)  # no speed is measured: SHORT has --no-speed
+        said = quietly("augment", *MODEL, *source, *SHORT, *target, "--seed", 3, "--out", out)
+    return out, said
+
+
+@pytest.fixture(scope="session")
+def original(original_and_said) -> Path:
+    """That run, to be left as it is."""
+    return original_and_said[0]
+
+
+@pytest.fixture
+def said(original_and_said) -> str:
+    """What was said as that run was made."""
+    return original_and_said[1]
+
+
+@pytest.fixture(scope="session")
+def second(things, tmp_path_factory) -> Path:
+    """A run of the same network and images with another seed, to be left as it is."""
+    out = tmp_path_factory.mktemp("second") / "second"
+    source = ("--weights", things / "weights.safetensors", "--data", things / "ten")
+    quietly("augment", *MODEL, *source, *SHORT, "--seed", 4, "--threshold", 0.5, "--out", out)
     return out
 
 

@@ -109,7 +109,9 @@ def test_other_images_are_measured_all_even_where_labels_cannot_be_mapped(run, f
     assert evaluated(run, finished, "--data", "others")["samples"] == 20
 
 
-@pytest.mark.parametrize("command", [("evaluate",), ("tune", "--max-fidelity-drop", 0.9), ("compare", "--drops", 0.5)])
+@pytest.mark.parametrize(
+    "command", [("evaluate",), ("tune", "--max-fidelity-drop", 0.9), ("compare", "--lines", "own", "--drops", 0.5)]
+)
 def test_what_lies_beside_the_class_folders_and_is_not_read_is_named(command, run, finished):
     pictures(Path("others"), TEN, 3)
     for file in Path("others", "class3").iterdir():
@@ -134,19 +136,20 @@ def test_what_lies_beside_the_class_folders_and_is_not_read_is_named(command, ru
     ids=" ".join,
 )
 def test_all_pictures_that_cannot_be_read_are_named_at_once(command, run, finished):
-    pictures(Path("others"), TEN, 30)
+    pictures(Path("others"), TEN, 9)
     broken = [Path("others", *name) for name in (("class1", "4.png"), ("class3", "7.png"), ("class8", "2.png"))]
     for file in broken:
         file.write_bytes(b"no picture")
     done = run(command[0], finished, *command[1:], "--data", "others")
     assert done.status == 2
-    assert done.err.splitlines()[-1].startswith("3 of 300 pictures cannot be read. Replace or remove them")
+    assert done.err.splitlines()[-1].startswith("3 of 90 pictures cannot be read. Replace or remove them")
     assert all(f"'{file}'" in done.err for file in broken)
 
 
 def test_the_data_are_found_from_another_folder(run, known, things, monkeypatch, elsewhere):
     monkeypatch.chdir(things)
-    assert run("augment", *known[:-1], "ten", *SHORT, "--out", elsewhere / "out").status == 0
+    words = ("--threshold", 0.5, "--out", elsewhere / "out")
+    assert run("augment", *known[:-1], "ten", *SHORT, *words).status == 0
     monkeypatch.chdir(elsewhere)
     assert run("evaluate", "out", "--no-speed").status == 0
 
@@ -204,8 +207,8 @@ def test_it_is_said_where_the_backbone_is_hardly_better_than_chance(command, run
 def test_weights_that_were_moved_are_asked_for_and_taken(run, things, tmp_path):
     old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     shutil.copy(things / "weights.safetensors", old)
-    data = ("--data", things / "ten")
-    assert run("augment", *MODEL, "--weights", old, *data, *SHORT, "--out", "out").status == 0
+    words = ("--data", things / "ten", *SHORT, "--threshold", 0.5, "--out", "out")
+    assert run("augment", *MODEL, "--weights", old, *words).status == 0
     old.rename(new)
     assert_refused(
         run("evaluate", "out"),
@@ -228,9 +231,8 @@ def drawn(things, tmp_path_factory) -> tuple[Path, Path]:
     """Images of which some were drawn for a run's validation, and that run."""
     place = tmp_path_factory.mktemp("drawn")
     images = Path(shutil.copytree(things / "ten", place / "images"))
-    quietly(
-        "augment", *MODEL, "--weights", things / "weights.safetensors", "--data", images, *SHORT, "--out", place / "out"
-    )
+    source = (*MODEL, "--weights", things / "weights.safetensors", "--data", images)
+    quietly("augment", *source, *SHORT, "--threshold", 0.5, "--out", place / "out")
     return images, place / "out"
 
 
@@ -275,7 +277,7 @@ class Toys(Dataset):
 def test_the_name_of_a_data_set_stays_its_name_when_a_folder_is_called_so_later(run, known, monkeypatch, tmp_path):
     monkeypatch.setattr("torchvision.datasets.Toys", Toys, raising=False)
     Path("toys.bin").touch()
-    assert run("augment", *known[:-1], "toys", *SHORT, "--out", "out").status == 0
+    assert run("augment", *known[:-1], "toys", *SHORT, "--threshold", 0.5, "--out", "out").status == 0
     recorded = read_json("out", "metrics.json")["results"]
     (tmp_path / "later").mkdir()
     shutil.move("out", tmp_path / "later")

@@ -137,7 +137,8 @@ def test_bench_refuses_in_one_line_what_cannot_be(words, said, run):
 
 
 def test_plan_names_published_networks_that_are_as_good_for_less(run):
-    done = run("plan", "--model", "mobilenetv2_100", "--no-pretrained", "--exits", "blocks.2", "--head", "pool")
+    words = ("--no-pretrained", "--input-size", "3,64,64", "--exits", "blocks.2", "--head", "pool")
+    done = run("plan", "--model", "mobilenetv2_100", *words)
     assert "ptee advise mobilenetv2_100.ra_in1k" in done.out
     assert "ptee advise" not in run("plan", *RANDOM).out
 

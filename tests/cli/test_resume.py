@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import MODEL, RANDOM, SHORT, assert_refused, evaluated, figures, files, read_json
+from command import MODEL, RANDOM, SHORT, TEN, assert_refused, evaluated, figures, files, pictures, read_json
 from safetensors.torch import load_file
 
 from ptee.cli import commands
 from ptee.pipeline import fit as fitting
 
-CALIBRATED = ("--set", "calibration_share=0.3")
+CALIBRATED = ("--set", "calibration_share=0.45")
 
 
 def press_ctrl_c(*_: object, **__: object) -> None:
@@ -23,7 +23,8 @@ def press_ctrl_c(*_: object, **__: object) -> None:
 
 
 def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt):
-    source = (*MODEL, "--weights", things / "weights.safetensors", "--data", things / "many")
+    images = pictures(Path("images"), TEN, 6)
+    source = (*MODEL, "--weights", things / "weights.safetensors", "--data", images)
     words = ("augment", *source, *SHORT, *CALIBRATED, "--epochs", 3)
     assert run(*words, "--out", "whole").status == 0
     interrupt(2)
@@ -34,7 +35,7 @@ def test_an_interrupted_training_goes_on_to_the_same_end(run, things, interrupt)
     interrupt(2)
     done = run(*words, "--out", "broken", "--overwrite")
     assert done.err.endswith("The same command with --resume in place of --overwrite goes on.\n")
-    without = ("augment", *source, *SHORT, "--set", "calibration_share=0.4", "--epochs", 3)
+    without = ("augment", *source, *SHORT, "--set", "calibration_share=0.5", "--epochs", 3)
     assert_refused(
         run(*without, "--out", "broken", "--resume"),
         "belongs to a training on other data .it was [0-9]+ long and is [0-9]+ long now.*--overwrite in place of --resume, or another --out",
@@ -69,7 +70,7 @@ def test_interrupted_before_the_training_began_it_says_that_nothing_was_kept(run
 
 def test_interrupted_after_the_run_was_saved_it_says_that_the_run_is_complete(run, known, monkeypatch):
     monkeypatch.setattr(commands, "name_others", press_ctrl_c)
-    done = run("augment", *known, *SHORT, "--out", "out")
+    done = run("augment", *known, *SHORT, "--threshold", 0.5, "--out", "out")
     assert done[::2] == (130, "Interrupted: the run in out is complete.\n")
 
 
@@ -92,7 +93,7 @@ def test_interrupted_in_the_first_epoch_a_run_that_was_to_be_replaced_is_as_it_w
 
 @pytest.mark.parametrize("where", ["take_over", "_set_confidence", "_set_thresholds", "_save"])
 def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, known, monkeypatch):
-    words = ("augment", *known, *SHORT, "--out", "out")
+    words = ("augment", *known, *SHORT, "--threshold", 0.5, "--out", "out")
     with monkeypatch.context() as patch:
         patch.setattr(fitting, where, press_ctrl_c)
         broken = run(*words)
@@ -106,7 +107,7 @@ def test_interrupted_beside_the_training_it_says_too_how_to_go_on(where, run, kn
 
 
 def test_interrupted_while_it_measures_only_the_measurement_is_left(run, known, monkeypatch):
-    words = ("augment", *known, *SHORT, "--out", "out")
+    words = ("augment", *known, *SHORT, "--threshold", 0.5, "--out", "out")
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "evaluate", press_ctrl_c)
         broken = run(*words)
@@ -203,4 +204,4 @@ def test_a_resumption_with_other_settings_is_refused_and_the_checkpoint_kept(run
     assert_refused(run(*words, "--set", "lr=0.5", "--resume"), "lr 0.01.*now 0.5")
     assert_refused(run(*words), "interrupted training; the same settings with --resume go on with it.*--overwrite")
     assert files(Path("out")) == before
-    assert run(*words, "--set", "lr=0.5", "--overwrite").status == 0
+    assert run(*words, "--set", "lr=0.5", "--threshold", 0.5, "--overwrite").status == 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from command import RANDOM, assert_refused, read_json
+from command import RANDOM, assert_refused, quietly, read_json
 from killed import command_killed_at
 from shards import shard
 
@@ -31,19 +32,30 @@ def source(elsewhere) -> Path:
     return shard(elsewhere / "a.tar", range(40))
 
 
+@pytest.fixture(scope="module")
+def traced_once(original, tmp_path_factory) -> tuple[Path, str]:
+    """The images and their traces in one folder, and what was said as these were made."""
+    place = tmp_path_factory.mktemp("traced")
+    shard(place / "a.tar", range(40))
+    return place, quietly("trace", original, "--data", place / "a.tar", "--out", place / "traces")
+
+
 @pytest.fixture
-def traced(run, finished, source) -> Path:
-    done = run("trace", finished, "--data", source, "--out", "traces")
-    assert done.status == 0, done.err
-    lines = done.out.splitlines()
+def traced(traced_once, elsewhere) -> Path:
+    """Those traces, to be changed at will."""
+    return Path(shutil.copytree(traced_once[0] / "traces", "traces"))
+
+
+def test_of_traces_it_is_said_what_they_are_of_and_what_they_are_for(traced_once, original):
+    place, said = traced_once
+    lines = said.splitlines()
     assert near_chance(lines.pop(2))
     assert lines == [
-        f"{source.parent.resolve()}: about 40 images in 1 file.",
-        "40 images in 1 part in traces. All of them have labels.",
-        f"Choose thresholds by them: ptee tune {finished} --traces traces --max-drop 0.01, or --max-fidelity-drop 0.01, which "
-        "needs no labels",
+        f"{place.resolve()}: about 40 images in 1 file.",
+        f"40 images in 1 part in {place / 'traces'}. All of them have labels.",
+        f"Choose thresholds by them: ptee tune {original} --traces {place / 'traces'} --max-drop 0.01, or --max-fidelity-drop 0.01, "
+        "which needs no labels",
     ]
-    return Path("traces")
 
 
 def test_thresholds_are_chosen_on_half_of_the_traces_and_measured_on_the_others(run, finished, traced):
@@ -75,9 +87,9 @@ def test_runs_are_compared_by_a_folder_of_each(run, finished, traced):
     assert (done.status, json.loads(done.out)["samples"]) == (0, 20), done.err
 
 
-def test_the_same_command_again_changes_nothing(run, finished, source, traced):
+def test_the_same_command_again_changes_nothing(run, original, traced_once, traced):
     before = Path("traces", "manifest.json").read_bytes()
-    done = run("trace", finished, "--data", source, "--out", "traces")
+    done = run("trace", original, "--data", traced_once[0] / "a.tar", "--out", "traces")
     assert "1 of 1 parts are there already." in done.out
     assert Path("traces", "manifest.json").read_bytes() == before
 

@@ -56,13 +56,17 @@ def test_options_that_cannot_be_are_refused(exported, run, words, said):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_where_nobody_gave_mean_and_std_a_line_says_that_pictures_are_refused(known, tmp_path, run, monkeypatch):
+def test_where_nobody_gave_mean_and_std_a_line_says_that_pictures_are_refused(
+    known, exported, tmp_path, run, monkeypatch
+):
     def stop(*_: object) -> None:
         raise PteeError("Enough.")
 
-    model = made()
-    model.origin = replace(model.origin, pixels_known=known)
-    folder = ptee.export(model, tmp_path / "exported")
+    folder = exported  # of a module of one's own, whose pictures nobody has described
+    if known:
+        model = made()
+        model.origin = replace(model.origin, pixels_known=True)
+        folder = ptee.export(model, tmp_path / "exported")
     monkeypatch.setattr("ptee.cli.serving._opened", stop)
     done = run("serve", folder, "--local", "--port", free_port())
     said = "so pictures are refused. Send arrays that you prepared, or export the model again with them: ptee.export("

@@ -13,7 +13,8 @@ from ptee.pipeline.recipe import make_recipe
 from ptee.timing.times import read_times
 
 ON_CPU = ("--device", "cpu")
-QUICK = (*ON_CPU, "--batch-sizes", "1,2", "--rounds", 3)
+QUICK = (*ON_CPU, "--batch-sizes", "2", "--rounds", 3)  # the pieces are measured for 1 row, too
+ONE = (*ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks")
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +55,7 @@ def test_bench_of_a_run_prints_a_table_and_keeps_the_times_where_it_is_asked_to(
 
 
 def test_bench_of_a_run_as_json_holds_everything_and_keeps_nothing_unasked(run, finished):
-    words = (*ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--json")
-    found = json.loads(run("bench", finished, *words).out)
+    found = json.loads(run("bench", finished, *ONE, "--json").out)
     assert found["times"]["rows"] == [1]
     assert {line["leaving"] for line in found["lines"]} == {
         "bare backbone",
@@ -67,9 +67,7 @@ def test_bench_of_a_run_as_json_holds_everything_and_keeps_nothing_unasked(run, 
 
 
 def test_where_times_are_kept_is_said_beside_the_json(run, finished):
-    done = run(
-        "bench", finished, *ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--json", "--save"
-    )
+    done = run("bench", finished, *ONE, "--json", "--save")
     assert json.loads(done.out)["times"]["rows"] == [1]
     assert "are kept in" in done.err
 
@@ -82,7 +80,7 @@ def test_without_its_images_a_run_is_timed_on_noise_and_a_sentence_says_so(run, 
         raise DataError("The images are gone.")
 
     monkeypatch.setattr(timed_run, "open_run", gone)
-    done = run("bench", finished, *QUICK, "--executor", "hooks")
+    done = run("bench", finished, *ONE)
     assert done.status == 0
     assert "Left out: the run's own thresholds on real images. The images are gone." in done.out
     assert "own thresholds " not in done.out.partition("Left out")[0]
@@ -165,6 +163,8 @@ def test_a_plan_by_time_has_a_column_of_time_and_places_exits_by_it(run, monkeyp
         "--no-pretrained",
         "--head",
         "pool",
+        "--input-size",
+        "3,16,16",
         "--exits",
         "0.5,0.7",
         "--device",
@@ -215,7 +215,7 @@ def test_a_suggested_command_has_the_name_of_the_run_as_a_shell_takes_it(run, ti
     (mine / "times.json").unlink()
     done = run("tune", mine, "--max-fidelity-drop", 0, "--cost", "time")
     assert_refused(done, "ptee bench 'my run' --save$")
-    done = run("bench", mine, *ON_CPU, "--batch-sizes", "1", "--rounds", 3, "--executor", "hooks", "--save")
+    done = run("bench", mine, *ONE, "--save")
     assert "Thresholds by them: ptee tune 'my run' --max-drop 0.01 --cost time" in done.out
 
 
@@ -275,7 +275,8 @@ def test_bench_refuses_in_one_line_what_cannot_be(words, said, run, finished):
 
 
 def test_a_run_that_is_made_anew_forgets_the_times_of_the_old_one(run, timed, known):
-    copy = Path("again")
-    shutil.copytree(timed, copy)
-    assert run("augment", *known, *SHORT, "--out", copy, "--overwrite", "--device", "cpu").status == 0
+    copy = timed.rename("again")
+    assert (copy / "times.json").exists()
+    words = ("--threshold", 0.5, "--out", copy, "--overwrite", "--device", "cpu")
+    assert run("augment", *known, *SHORT, *words).status == 0
     assert not (copy / "times.json").exists()

@@ -47,6 +47,7 @@ def images(n: int, seed: int = 0, labels: bool = True) -> TensorDataset:
 
 
 fit = partial(ptee.fit, input_size=SIZE, device=here(), **SETTINGS)
+at_half = partial(fit, threshold=0.5)  # where thresholds do not matter: none are searched for
 
 
 @contextmanager
@@ -69,10 +70,10 @@ def interrupted_after_an_epoch(monkeypatch: pytest.MonkeyPatch, said: str = "") 
 
 @pytest.mark.parametrize("recipe", ["ptee", *map(slow, ("eenet", "pteenet"))])
 def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(recipe, tmp_path):
-    weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 30)
+    weights, folder = tmp_path / "weights.safetensors", pictures(tmp_path / "ten", TEN, 13)
     save_file(load_backbone("cifar_resnet8", pretrained=False).module.state_dict(), weights)
-    targets = {} if recipe == "ptee" else {"targets": "pseudo"}
-    words = ("--weights", weights, "--data", folder, "--recipe", recipe, *(("--targets", "pseudo") if targets else ()))
+    name, value = ("calibration_share", 0.2) if recipe == "ptee" else ("targets", "pseudo")
+    words = ("--weights", weights, "--data", folder, "--recipe", recipe, "--set", f"{name}={value}")
     words = (*words, "--head", "pool", "--no-speed", "--device", here(), "--out", tmp_path / "command")
     quietly("augment", *MODEL, *BRIEF, *words)
     source = {"weights": weights, "input_size": (3, 16, 16)}
@@ -81,9 +82,9 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
         "exits": ["layer1", "layer2"],
         "head": "pool",
         "epochs": 2,
-        "batch_size": 8,
+        "batch_size": 12,
         "precision": "no",
-        **targets,
+        name: value,
     }
     parts = {"val_data": data.validation, "calibration_data": data.calibration}
     how = {"recipe": recipe, "out": tmp_path / "python", "device": here()}
@@ -91,6 +92,7 @@ def test_command_and_python_end_with_the_same_thresholds_and_the_same_metrics(re
     command, python = (read_json(tmp_path / name, "config.json") for name in ("command", "python"))
     assert command["threshold"] == python["threshold"] == list(model.threshold)
     assert command["confidence"] == python["confidence"]
+    assert command["confidence"]["name"] == ("calibrated" if recipe == "ptee" else "max_prob")
     assert figures(command["results"]) == figures(python["results"]) == figures(model.results)
     one, other = (load_file(tmp_path / name / "heads.safetensors") for name in ("command", "python"))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -168,7 +170,7 @@ def test_exits_are_placed_by_time_if_time_is_what_counts_and_a_training_that_goe
 
     clocks = iter([{"3": 0.1, "5": 0.5, "7": 0.8}, {"3": 0.5, "5": 0.9, "7": 0.97}])  # the second time all is slower
     monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules(next(clocks), 1.0, "a clock"))
-    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run", "epochs": 3, **usual}
+    goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run", "epochs": 2, **usual}
     with interrupted_after_an_epoch(monkeypatch):
         fit(deep(), images(40), **goal)
     kept = fit(deep(), images(40), resume=True, **goal)
@@ -198,7 +200,7 @@ def test_times_that_exits_are_placed_by_are_kept_with_the_first_checkpoint(overw
 def test_a_run_that_is_to_be_overwritten_is_as_it_was_until_an_epoch_of_the_new_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules({"0": 0.2, "2": 0.6}, 1.0, "a clock"))
     goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run"}
-    fit(network(), images(40), out=tmp_path / "run")
+    at_half(network(), images(40), out=tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
     def stopped(self, number: int, *more: object) -> None:
@@ -236,7 +238,7 @@ def test_no_argument_of_fit_is_called_changes():
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fit(network(), images(60))
+    at_half(network(), images(60))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,7 +282,7 @@ def test_a_target_that_was_missed_is_warned_of(monkeypatch):
     assert {warning.filename for warning in told if "Missed" in str(warning.message)} == {__file__}
 
 
-@pytest.mark.parametrize("more", [{}, {"confidence": "learned"}, {"threshold": 0.5}, {"epochs": 0}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"confidence": "learned", "threshold": 0.5}, {"epochs": 0}], ids=str)
 def test_the_callers_random_numbers_go_on_as_if_nothing_had_been_drawn(more):
     backbone = network()
     torch.manual_seed(5)
@@ -302,7 +304,7 @@ def test_heads_are_built_without_the_callers_random_numbers():
 def test_a_backbone_is_used_as_it_is_and_given_back_by_detach():
     backbone, x = network(), images(4).tensors[0]
     before = backbone(x)
-    model = fit(backbone, images(60))
+    model = at_half(backbone, images(60))
     assert model.backbone is backbone
     assert torch.equal(backbone(x), before)
     model.detach()
@@ -321,7 +323,7 @@ def test_if_a_file_cannot_be_written_all_files_of_the_run_stay_as_they_were(name
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(RunError, match="No space left"):
-        fit(network(), images(80), out=tmp_path / "run")
+        at_half(network(), images(80), out=tmp_path / "run")
     monkeypatch.undo()
     config, metrics = (read_json(tmp_path / "run", file) for file in ("config.json", "metrics.json"))
     assert config["results"] == metrics["results"]
@@ -483,18 +485,24 @@ def test_images_that_fit_cannot_use_are_refused_in_words_before_the_training(cha
     assert "\n" not in str(refusal.value)
 
 
+@pytest.fixture(scope="module")
+def of_pairs() -> ptee.EarlyExitModel:
+    """What pairs of images and labels teach."""
+    return fit(network(), images(60))
+
+
 @pytest.mark.parametrize("names", [("image", "label"), ("pixel_values", "labels")], ids=str)
-def test_mappings_are_a_data_set_as_pairs_are(names):
+def test_mappings_are_a_data_set_as_pairs_are(names, of_pairs):
     mappings = samples(lambda x, y, _: dict(zip(names, (x, y), strict=True)))
     model = ptee.fit(network(), mappings, device=here(), **SETTINGS)
-    assert model.threshold == fit(network(), images(60)).threshold
+    assert model.threshold == of_pairs.threshold
 
 
 def test_after_a_refusal_the_backbone_can_be_given_again():
     backbone = network()
     with pytest.raises(PteeError, match="cannot be reached"):
         fit(backbone, images(60), max_cost=0.001)
-    assert fit(backbone, images(60)).results
+    assert at_half(backbone, images(60)).results
 
 
 def test_to_go_on_and_to_begin_anew_at_once_is_refused(tmp_path):
@@ -508,19 +516,19 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"something else than a run\. Give a new folder with out="):
         fit(network(), images(60), out=tmp_path)
-    fit(network(), images(60), out=tmp_path / "run")
+    at_half(network(), images(60), out=tmp_path / "run")
     said = r"holds a run\. Give another folder with out=, or replace it with overwrite=True"
     with pytest.raises(RunError, match=said):
         fit(network(), images(60), out=tmp_path / "run")
-    assert fit(network(), images(60), out=tmp_path / "run", overwrite=True).results
+    assert at_half(network(), images(60), out=tmp_path / "run", overwrite=True).results
 
 
 def test_an_interrupted_fit_goes_on_with_resume(tmp_path, monkeypatch):
-    whole = fit(network(), images(80))
+    whole = fit(network(), images(60))
     with interrupted_after_an_epoch(monkeypatch, r"1 complete epoch.* Call ptee\.fit again with resume=True"):
-        fit(network(), images(80), out=tmp_path)
+        fit(network(), images(60), out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
-    model = fit(network(), images(80), out=tmp_path, resume=True)
+    model = fit(network(), images(60), out=tmp_path, resume=True)
     assert model.threshold == whole.threshold
     assert figures(model.results) == figures(whole.results)
 
@@ -553,7 +561,7 @@ def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, given):
 def test_the_folder_of_a_run_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    fit(network(), images(60), out="~/run")
+    at_half(network(), images(60), out="~/run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert ptee.load("~/run", network()).results
 
@@ -570,7 +578,7 @@ def right_images(n: int, seed: int = 0) -> TensorDataset:
 
 def test_heads_learn_from_images_without_labels_and_are_measured_on_others_with_labels():
     for recipe in ("ptee", "eenet"):
-        model = fit(network(), images(60, labels=False), val_data=right_images(40, 1), recipe=recipe)
+        model = at_half(network(), images(60, labels=False), val_data=right_images(40, 1), recipe=recipe)
         assert model.results["rows"][0]["accuracy"] == 1
     with pytest.raises(DataError, match="train_data have no labels for targets='labels'"):
         fit(network(), images(60, labels=False), val_data=right_images(40, 1), targets="labels")
@@ -588,29 +596,29 @@ def test_images_of_another_size_are_named_with_their_argument_and_both_sizes():
 def test_the_same_images_for_two_purposes_are_warned_of():
     same = right_images(60)
     with pytest.warns(UserWarning, match="train_data and val_data are the same images"):
-        model = fit(network(), same, val_data=same)
+        model = at_half(network(), same, val_data=same)
     with pytest.warns(UserWarning, match="calibration and report are the same images"):
-        ptee.compare({"one": model}, same, torch.utils.data.DataLoader(same, 20), lines=["own"])
+        ptee.compare({"one": model}, same, torch.utils.data.DataLoader(same, 20), lines=["own"], drops=[0.1])
 
 
 def test_classes_without_an_image_to_report_on_are_named():
     x, y = images(60, 1).tensors
     lacking = torch.utils.data.Subset(TensorDataset(x, y), (y != y[0]).nonzero().flatten().tolist())
     with pytest.warns(UserWarning, match=f"No validation image shows .*class {int(y[0])}"):
-        fit(network(), right_images(60), val_data=lacking)
+        at_half(network(), right_images(60), val_data=lacking)
 
 
 def test_a_doubt_about_labels_is_warned_of_once_where_nobody_reads_a_log():
-    x, y = right_images(200).tensors
+    x, y = right_images(120).tensors
     with pytest.warns(UserWarning) as caught:
         fit(network(), TensorDataset(x, (y + 1) % K), val_data=TensorDataset(x[:60].clone(), (y[:60] + 1) % K))
     assert sum("may know its classes in another order" in str(w.message) for w in caught) == 1
 
 
 def test_a_finished_run_is_tuned_again_in_python_and_not_by_a_command(tmp_path):
-    fit(network(), images(60), out=tmp_path / "run")
+    at_half(network(), images(60), out=tmp_path / "run")
     with pytest.raises(RunError, match=r"ptee\.tune\(ptee\.load") as error:
-        fit(network(), images(60), out=tmp_path / "run", resume=True)
+        at_half(network(), images(60), out=tmp_path / "run", resume=True)
     assert "ptee tune" not in str(error.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ SHAPE, K = (3, 16, 16), 4
 SMALL = {"epochs": 2, "exits": ["layer1", "layer2"], "head": "pool", "batch_size": 16, "lr": 0.01, "device": "cpu"}
 
 
-def images(n: int = 80, labelled: bool = True) -> TensorDataset:
+def images(n: int = 48, labelled: bool = True) -> TensorDataset:
     """Images whose class is their brightest channel, nearly."""
     x, y = torch.randn(n, *SHAPE, generator=seeded(1)), torch.arange(n) % K
     x[torch.arange(n), y % 3] += 1.0
@@ -81,7 +82,7 @@ def test_an_interrupted_training_from_scratch_goes_on_to_the_same_bits(run, tmp_
 
 
 def test_a_frozen_run_in_place_of_one_whose_backbone_learnt_keeps_no_weights_of_it(run, tmp_path):
-    joint(tmp_path / "run")
+    shutil.copytree(run[0], tmp_path / "run")
     assert (tmp_path / "run" / "backbone.safetensors").is_file()
     ptee.fit(
         Tiny(), images(), out=tmp_path / "run", overwrite=True, recipe="eenet", epochs=1, exits=["conv"], device="cpu"

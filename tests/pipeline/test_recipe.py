@@ -213,7 +213,7 @@ NO_RECIPES = {
     "numbers for names in a section": ("exits: {1: 2}\n", r"has a setting called 1\. Name each by text"),
     "code": ("training: !!python/object/apply:os.system ['true']\n", "cannot be read"),
     "too large": ("a" * 300_000, "no recipe has more than"),
-    "nested deep": ("[" * 5_000, "cannot be read"),
+    "nested deep": ("[" * 1_100, "cannot be read"),
     "a merge": ("training: {<<: {epochs: 1}, epochs: 3}\n", r"In the recipe .*recipe\.yaml: training\.<<=.* is unknown"),
     "a key that is no option": ("base: {a: 1}\n", r"In the recipe .*recipe\.yaml, line 1: base=.* is unknown\. Did you mean"),
     "a section without values": ("training:\n", r"In the recipe .*recipe\.yaml, line 1: training=None must be a mapping"),

@@ -27,6 +27,7 @@ WORDS = (
     "augment --model cifar_resnet8 --num-classes 2 --input-size 3,16,16 --weights w.safetensors --data images --out out "
     "--exits layer1 --head pool --recipe pteenet --epochs 3 --batch-size 8 --set precision=no --no-speed"
 )
+AT_HALF = f"{WORDS} --threshold 0.5"  # where thresholds do not matter: none are searched for
 
 
 @pytest.fixture
@@ -66,24 +67,24 @@ def recorded() -> dict:
 
 def test_where_a_run_is_overwritten_the_advice_on_unreadable_pictures_is_one_that_works(ptee, images):
     broken = damage(images / "a" / "00.png")
-    status, said = ptee(WORDS, "--overwrite")
+    status, said = ptee(AT_HALF, "--overwrite")
     assert status == 2
     assert "If you remove it, add --resume in place of --overwrite: the other pictures" in said
     broken.unlink()
-    status, said = ptee(WORDS, "--resume")
+    status, said = ptee(AT_HALF, "--resume")
     assert status == 0, said
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["the same command", "--resume"])
 def test_all_of_them_are_named_before_the_training_and_without_them_it_goes_on(ptee, images, more):
     broken = [damage(images / "a" / "00.png"), damage(images / "b" / "07.png")]
-    status, said = ptee(WORDS)
+    status, said = ptee(AT_HALF)
     assert status == 2 and "epoch" not in said
     assert all(str(path.relative_to(images.parent)) in said for path in broken)
     assert said.rstrip().endswith("If you remove them, add --resume: the other pictures stay in their parts.")
     for path in broken:
         path.unlink()
-    status, said = ptee(WORDS, *more)
+    status, said = ptee(AT_HALF, *more)
     assert status == 0, said
     assert not Path("out", "unreadable.json").exists()
 
@@ -114,21 +115,21 @@ def interrupted(ptee, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Training, "_epoch", epoch)
-        assert ptee(WORDS)[0] == 130
+        assert ptee(AT_HALF)[0] == 130
 
 
 def test_a_training_that_has_begun_goes_on_without_them(ptee, images, interrupted, monkeypatch):
     broken = damage(images / "a" / "10.png")
-    assert "images/a/10.png" in ptee(WORDS, "--resume")[1]
+    assert "images/a/10.png" in ptee(AT_HALF, "--resume")[1]
     broken.unlink()
     (images / "b" / "11.png").rename(images / "b" / "gone.png")
-    assert "belongs to a training on other data" in ptee(WORDS, "--resume")[1]
+    assert "belongs to a training on other data" in ptee(AT_HALF, "--resume")[1]
     (images / "b" / "gone.png").rename(images / "b" / "11.png")
     with monkeypatch.context() as patch:  # and is interrupted again, when only the measurement is left
         patch.setattr(fit, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        status, said = ptee(WORDS, "--resume")
+        status, said = ptee(AT_HALF, "--resume")
     assert status == 130 and "epoch 1/3" not in said, said
-    status, said = ptee(WORDS, "--resume")
+    status, said = ptee(AT_HALF, "--resume")
     assert status == 0, said
     assert recorded()["removed"] == [["train", "a/10.png", "a"]]
     status, said = ptee("evaluate out --no-speed")
@@ -167,7 +168,7 @@ def test_near_chance_a_target_of_accuracy_is_refused_and_the_heads_learn_the_bac
 
 def test_a_file_of_class_names_is_recorded_and_used_again(ptee, images):
     Path("classes.txt").write_text("b\na\n")
-    assert ptee(WORDS, "--classes", "classes.txt")[0] == 0
+    assert ptee(AT_HALF, "--classes", "classes.txt")[0] == 0
     assert recorded()["classes"] == ["b", "a"]
     Path("val").mkdir()
     (images / "a").rename("val/a")
