@@ -246,7 +246,18 @@ def no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-own_export = Change(nullcontext)  # torch.export patches torch for all threads while it runs, so ptee runs one at a time
+@Change
+@contextmanager
+def own_export() -> Iterator[None]:
+    """torch.export patches torch for all threads while it runs, so ptee runs one at a time.
+
+    Meanwhile torch writes the code of a graph where that is run, and not each time that a pass has changed the graph: that takes a
+    quarter of the time.
+    """
+    from torch.fx import _lazy_graph_module as graphs
+
+    with graphs._use_lazy_graph_module(True):
+        yield
 
 
 class _NoCheckpoints:
