@@ -6,6 +6,7 @@ Tensors on the meta device have no numbers: what ptee leaves to the default devi
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,14 +166,29 @@ def _marked(default: str, step: str) -> Any:
     ("default", "step"),
     [_marked(*case) for case in CASES],
 )
-def test_it_gives_the_same_with_another_default(default, step, tmp_path):
+def test_it_gives_the_same_with_another_default(default, step, usual, tmp_path):
     """Many programs set a number type while they build networks, and a device for all that they do."""
+    want = usual(step)
     torch.manual_seed(0)
-    images, labels = labelled(N)
-    data = TensorDataset(images.cpu(), labels.cpu())
-    want = STEPS[step](made("conv1"), data, tmp_path / "one")
-    torch.manual_seed(0)
-    model = made("conv1")
+    model, data = made("conv1"), images_with_labels()
     with DEFAULTS[default]():
         got = STEPS[step](model, data, tmp_path / "two")
     assert got == want
+
+
+def images_with_labels() -> TensorDataset:
+    images, labels = labelled(N)
+    return TensorDataset(images.cpu(), labels.cpu())
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> Callable[[str], Any]:
+    """What each step gives with torch's own defaults."""
+
+    @functools.cache
+    def found(step: str) -> Any:
+        torch.manual_seed(0)
+        model, data = made("conv1"), images_with_labels()
+        return STEPS[step](model, data, tmp_path_factory.mktemp("usual") / "one")
+
+    return found
