@@ -106,19 +106,19 @@ class Survey:
     classes: int
     operators: list[Any] = field(compare=False)  # a fake run may take other ones
 
-    def cut(self, name: str, backbone: nn.Module, bypassed: bool = False) -> Cut:
-        """The cut at a module of the surveyed network, or a CutError that says why there is none.
+    def possible(self, passed: Collection[str] = ()) -> list[str]:
+        """The modules at which an exit can stand, in order of execution: of those of `bypassed`, the cells and the ones in `passed`."""
+        bypassed = {name for name in self.bypassed if name in self.cells or name in passed}
+        return [name for name in self.order if name in self.cuts or name in bypassed]
 
-        Of the modules of `bypassed`, only cells are accepted, unless `bypassed` says all.
-        """
-        if name in self.cuts:
-            return self.cuts[name]
-        if name in self.bypassed and (bypassed or name in self.cells):
-            return self.bypassed[name]
+    def cut(self, name: str, backbone: nn.Module, passed: Collection[str] = ()) -> Cut:
+        """The cut at a module of the surveyed network, or a CutError that says why there is none (`possible`)."""
+        possible = self.possible(passed)
+        if name in possible:
+            return self.cuts[name] if name in self.cuts else self.bypassed[name]
         if name not in dict(backbone.named_modules(remove_duplicate=False)) or not name:
-            raise unknown("module", name, self.cuts)
+            raise unknown("module", name, possible)
         reason = self.refused.get(name, "it is not called in the forward pass")
-        possible = [n for n in self.order if n in self.cuts or (bypassed and n in self.bypassed)]
         raise CutError(f"No exit can stand at {name!r}: {reason}. {remedy(name, possible)}")
 
 

@@ -182,9 +182,9 @@ class Placer:
         if word in PLACEMENTS and word not in names:
             return str(word)
         if isinstance(exits, str) and isinstance(word, str) and word not in (INPUT, *names) and not as_shares(parts):
-            outer = [name for name in self.survey.cuts if any(other.startswith(f"{name}.") for other in names)]
-            first = [*PLACEMENTS, *outer][:MOST_NAMES]
-            raise unknown("placement or module", word, list(self.survey.cuts), first=first)
+            possible = self.survey.possible(self._passed)
+            outer = [name for name in possible if any(other.startswith(f"{name}.") for other in names)]
+            raise unknown("placement or module", word, possible, first=[*PLACEMENTS, *outer][:MOST_NAMES])
         return parts
 
     @cached_property
@@ -241,13 +241,12 @@ class Placer:
     def _by_name(self, names: list[str]) -> list[Cut]:
         if len(set(names)) < len(names):
             raise CutError(f"The exits {', '.join(names)} name one module twice. Leave one of the two out.")
-        wanted = {name: self.survey.cut(name, self.backbone.module, self._may_be_passed(name)) for name in names}
+        wanted = {name: self.survey.cut(name, self.backbone.module, self._passed) for name in names}
         cuts = [wanted[name] for name in self.survey.order if name in wanted]
         self._verify(cuts)
         for name, reason in self.failed.items():
-            raise CutError(
-                f"Cut {name!r} of {self.backbone.name} fails its check: {reason}. {remedy(name, self.survey.cuts)}"
-            )
+            others = [other for other in self.survey.possible(self._passed) if other not in self.failed]
+            raise CutError(f"Cut {name!r} of {self.backbone.name} fails its check: {reason}. {remedy(name, others)}")
         cuts = [self.verified[cut.name] for cut in cuts]
         for one, two in pairwise(cuts):
             if self.cost(one) >= self.cost(two):
@@ -257,10 +256,19 @@ class Placer:
                 )
         return cuts
 
-    def _may_be_passed(self, name: str) -> bool:
-        """Whether values may pass the module that is named. Not where an early cut point holds it, which has them, too."""
-        outer = (cut for cut in self.survey.cuts.values() if name.startswith(f"{cut.name}."))
-        return self.placed or all(self.cost(cut) > LATEST for cut in outer)
+    @cached_property
+    def _passed(self) -> list[str]:
+        """The modules that values pass at which an exit can be named: not where an early cut point holds it, which has them, too.
+
+        But rules place exits there if none of the blocks ends early, and what a rule places can be named.
+        """
+        early = [f"{cut.name}." for cut in self.survey.cuts.values() if self._is_early(cut)]
+        if self.placed or not any(map(self._is_early, self._blocks)):
+            return list(self.survey.bypassed)
+        return [name for name in self.survey.bypassed if not name.startswith(tuple(early))]
+
+    def _is_early(self, cut: Cut) -> bool:
+        return self.cost(cut) <= LATEST
 
     def cost(self, cut: Cut) -> float:
         """B_n / B, the backbone's cost up to a cut. An identity costs what was spent before it."""
@@ -355,9 +363,9 @@ class Placer:
         return size
 
     def _no_room(self, wanted: int, words: str) -> CutError:
-        early = [cut for cut in self._blocks if self.cost(cut) <= LATEST]
+        early = [cut for cut in self._blocks if self._is_early(cut)]
         if not early:
-            others = [name for name, cut in self.survey.cuts.items() if self.cost(cut) <= LATEST]
+            others = [name for name, cut in self.survey.cuts.items() if self._is_early(cut)]
             return CutError(
                 f"No place for an exit was found on {self.backbone.name}: none of its blocks ends in a cut below {LATEST:.0%} of its cost."
                 f"{self._for_example()} "

@@ -465,6 +465,38 @@ def test_where_a_module_that_values_pass_lies_in_an_early_cut_point_the_cut_poin
         ptee.plan(net, exits=["1.first"], head="pool", input_size=(3, 8, 8))
 
 
+class Summing(Branches):
+    """The same without its answer: a cut point, but no block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = x + part(x)
+        return x
+
+
+def test_the_exits_of_a_plan_can_be_named_also_in_an_early_cut_point_that_is_no_block():
+    tail = (nn.Conv2d(8, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3))
+    net = nn.Sequential(Summing(4, 2), *tail)
+    made = ptee.plan(net, head="pool", input_size=(3, 8, 8))
+    names = [e.name for e in made.exits]
+    assert names and all(name.startswith("0.parts.") for name in names)
+    assert ptee.plan(net, exits=names, head="pool", input_size=(3, 8, 8)).exits == made.exits
+
+
+def test_no_module_is_advised_at_which_no_exit_can_be_named():
+    twice, tail = nn.ReLU(), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), twice, TwoBranches(), twice, TwoBranches(), TwoBranches(), *tail)
+    with pytest.raises(CutError, match=r"^No exit can stand at '1': it is called 2 times .* stand at 0, 2, 4, "):
+        ptee.plan(net, exits=["1"], head="pool", input_size=(3, 8, 8))
+
+
+def test_a_module_that_values_pass_is_advised_where_an_exit_can_be_named_there():
+    for wrong in (["parts.l"], "parts.l"):
+        with pytest.raises(UnknownName, match=r"Did you mean 'parts\.\d'"):
+            ptee.plan(Branches(3, 1), exits=wrong, head="pool", input_size=(3, 8, 8))
+
+
 class TwoBranches(nn.Module):
     """As in a transformer: what two modules give is added to what passes them."""
 
