@@ -251,12 +251,12 @@ def no_fused_attention() -> Iterator[None]:
 def own_export() -> Iterator[None]:
     """torch.export patches torch for all threads while it runs, so ptee runs one at a time.
 
-    Meanwhile torch writes the code of a graph where that is run, and not each time that a pass has changed the graph: that takes a
-    quarter of the time.
+    Meanwhile torch writes the code of a graph where that is run. Otherwise it does so after every pass, a quarter of the time.
     """
-    from torch.fx import _lazy_graph_module as graphs
-
-    with graphs._use_lazy_graph_module(True):
+    lazily: Any = nullcontext
+    with suppress(ImportError):  # it is no public part of torch
+        from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazily
+    with lazily(True):
         yield
 
 

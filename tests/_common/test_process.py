@@ -30,6 +30,7 @@ from ptee._common.process import (
     no_stderr,
     no_stdout,
     no_warnings,
+    own_export,
     own_random_numbers,
 )
 from ptee.analysis.arithmetic import exact_arithmetic, same_each_time
@@ -318,3 +319,17 @@ def test_a_lock_that_this_thread_holds_is_still_held_in_a_forked_child():
     lock = Lock()
     with lock:
         assert in_a_child(lambda: not at_once(lambda: lock.acquire(blocking=False))[0])
+
+
+def test_while_ptee_exports_torch_writes_the_code_of_a_graph_only_where_it_is_run():
+    from torch.fx import _lazy_graph_module as graphs
+
+    with own_export:
+        assert graphs._use_lazy_graph_module_flag
+    assert not graphs._use_lazy_graph_module_flag
+
+
+def test_an_export_goes_on_where_torch_has_no_such_graphs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.fx._lazy_graph_module", None)
+    with own_export:
+        pass
