@@ -271,7 +271,7 @@ def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
 @pytest.mark.parametrize("place", ["", "model"])
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_sparse_weights_are_refused_by_name(place, how, tmp_path):
-    state = Tiny().state_dict()
+    state = Tiny().cpu().state_dict()
     state["fc.weight"] = getattr(state["fc.weight"], how)()
     torch.save({place: state} if place else state, tmp_path / "w.pth")
     under = "under 'model' " if place else ""
