@@ -251,7 +251,8 @@ def no_fused_attention() -> Iterator[None]:
 def own_export() -> Iterator[None]:
     """torch.export patches torch for all threads while it runs, so ptee runs one at a time.
 
-    Meanwhile torch writes the code of a graph where that is run. Otherwise it does so after every pass, a quarter of the time.
+    Meanwhile torch writes the code of a graph only where that code is run. Otherwise it writes it after every pass, which takes a
+    quarter of the time.
     """
     lazily: Any = nullcontext
     with suppress(ImportError):  # it is no public part of torch

@@ -258,9 +258,9 @@ class Placer:
 
     @cached_property
     def _passed(self) -> list[str]:
-        """The modules that values pass at which an exit can be named: not where an early cut point holds it, which has them, too.
+        """Modules that values pass, and that can be named as exits all the same: those that no early cut point holds.
 
-        But rules place exits there if none of the blocks ends early, and what a rule places can be named.
+        A cut point has what passes its parts, too. Where no block ends early, rules place exits at any of them. So all can be named.
         """
         early = [f"{cut.name}." for cut in self.survey.cuts.values() if self._is_early(cut)]
         if self.placed or not any(map(self._is_early, self._blocks)):
