@@ -29,7 +29,8 @@ SAMPLED_MARKS = 256
 MOST_RECORDS = 8
 FEW = 3  # of these say little about the rest
 NO_MARK = -1
-TRAINED_ON = "trained_on"  # in a model's results: by which the images that its heads learned from are known again
+# In a model's results: by which images are known again that its heads learned from, whose loss picked an epoch, and that h was fitted to.
+TRAINED_ON, WATCHED, CALIBRATED_ON = "trained_on", "watched", "calibrated_on"
 # Where a process that loads images ends, its connection is lost before torch raises the error that says so.
 SECONDS_TO_END = 1.0
 

@@ -33,7 +33,16 @@ from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.arithmetic import same_each_time
 from ptee.analysis.freezing import device_of
 from ptee.data import splits
-from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, odd_labels, split_batch
+from ptee.data.batches import (
+    CALIBRATED_ON,
+    UNKNOWN_LABEL,
+    batches,
+    marks_of,
+    numbered,
+    odd_labels,
+    sample_of_marks,
+    split_batch,
+)
 from ptee.data.recorded import recorded
 from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
@@ -187,7 +196,7 @@ def calibrate(
     home = device_of(model.heads)
     if (known := recorded(data)) is not None:
         odds, answers, labels, fault = known[0].for_calibration(model, known[1])
-        return _calibrated(model, _Outputs(odds.double(), answers, labels, fault), target)
+        return _calibrated(model, _Outputs(odds.double(), answers, labels, fault, {}), target)
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     with own_random_numbers(seed), same_each_time:
         model.to(device_of(model.heads, device)).eval()
@@ -203,6 +212,8 @@ def _calibrated(model: EarlyExitModel, outputs: _Outputs, target: str) -> Calibr
     exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, _positives(outputs, target)))
     model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))
     model.confidence, model.curve = CALIBRATED, None  # the curve was of another h
+    others = {name: value for name, value in (model.results or {}).items() if name != CALIBRATED_ON}
+    model.results = (others | outputs.seen) or None
     return Calibration(target, outputs.answers.shape[1], exits)
 
 
@@ -214,12 +225,14 @@ class _Outputs(NamedTuple):
         answers: (E+1, n) classes.
         labels: (n,) or None.
         fault: why there are no labels.
+        seen: what is added to a model's results, by which the images are known again.
     """
 
     log_odds: Tensor
     answers: Tensor
     labels: Tensor | None
     fault: str
+    seen: dict[str, Any]
 
 
 def _positives(outputs: _Outputs, target: str) -> Tensor:
@@ -238,7 +251,7 @@ def _positives(outputs: _Outputs, target: str) -> Tensor:
 
 @torch.inference_mode()
 def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
-    odds, answers, labels = [], [], []
+    odds, answers, labels, marks = [], [], [], []
     for batch in with_bar(loader, "calibrating"):
         images, known = split_batch(batch)
         every = model.all_exits(model.prepared(images))
@@ -247,12 +260,14 @@ def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
         odds.append(torch.where(usable, log_odds(own), torch.nan).cpu().double())
         answers.append(every.logits.argmax(-1).cpu())
         labels.append(numbered(known, images))
+        marks.append(marks_of(images))
     if not answers:
         raise DataError("The data gave no batch: it is empty.")
     targets = torch.cat(labels)
     none = bool((targets == UNKNOWN_LABEL).all())
     fault = "the data has none" if none else odd_labels(targets, model.num_classes)
-    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), None if fault else targets, fault)
+    seen = {CALIBRATED_ON: {"images": len(targets), "marks": sample_of_marks(torch.cat(marks))}}
+    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), None if fault else targets, fault, seen)
 
 
 def _fitted(name: str, odds: Tensor, positives: Tensor) -> ExitCalibration:

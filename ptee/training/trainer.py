@@ -152,7 +152,7 @@ def run_training(
         run = _Training(model, accelerator, config, training, checkpoint, beside)
         if resume:
             run.resume()
-        with noting_images(model, train_data, run.history, changes=samples is None):
+        with noting_images(loaders, train_data, val_data, run.history, changes=samples is None):
             history = run.fit(loaders, train_data, val_data, on_epoch)
     model.origin = replace(model.origin, learned_from=learnable_hashes(model.backbone))
     return history

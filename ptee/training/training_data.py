@@ -16,6 +16,7 @@ from ptee._common.errors import Argument, DataError, warn
 from ptee._common.shares import SharedLoader, ShareOfBatches
 from ptee.data.batches import (
     TRAINED_ON,
+    WATCHED,
     CpuLoader,
     all_over,
     batches,
@@ -202,18 +203,25 @@ class TrainingData:
 
 
 @contextmanager
-def noting_images(model: EarlyExitModel, data: Any, history: History, *, changes: bool) -> Iterator[None]:
+def noting_images(
+    loaders: TrainingData, data: Any, val_data: Any, history: History, *, changes: bool
+) -> Iterator[None]:
     """Around a training. If the heads learn, the model's results are dropped, because they are of other heads.
 
-    What stays is a record of the images of all trainings, by which `evaluate` and others know them again. `changes`: the data may
-    give other images each time.
+    What stays is a record of the images of all trainings, by which `evaluate` and others know them again; with patience, one of
+    `val_data` too. `changes`: the training data may give other images each time.
     """
-    seen = {} if isinstance(data, CacheFolder) else known_by(data, changes)
+    model = loaders.model
+    seen = {TRAINED_ON: {} if isinstance(data, CacheFolder) else known_by(data, changes)}
+    if loaders.config.patience is not None and val_data is not None:
+        seen[WATCHED] = known_by(val_data)
     try:
         yield
     finally:
         if history.epochs:
-            model.results = {TRAINED_ON: with_record((model.results or {}).get(TRAINED_ON), seen)}
+            before = model.results or {}
+            kept = {name: before[name] for name in (TRAINED_ON, WATCHED) if name in before}
+            model.results = kept | {name: with_record(kept.get(name), record) for name, record in seen.items()}
 
 
 class _Same:

@@ -10,15 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ptee._common.errors import DataError, warn
+from ptee._common.errors import Argument, DataError, warn
 from ptee._common.progress import Log
 from ptee._common.text import beside, number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
-from ptee.data.batches import TRAINED_ON, sample_of_marks, share_known_again
+from ptee.data.batches import CALIBRATED_ON, TRAINED_ON, WATCHED, sample_of_marks, share_known_again
 from ptee.data.labels import FEWEST, much_less_right
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
 from ptee.exits.blend import BLENDED, OWN
+from ptee.exits.confidence import CALIBRATED
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.production.curve import ROUNDING
@@ -118,6 +119,7 @@ def _chosen(
     require_images(target, config.confidence, traces.answers.shape[1], each_exit=config.each_exit)
     if config.confidence is not None:
         require_different(traces.marks)
+        _require_new(model, traces.marks, config.confidence)
     if not trusted:
         require_right(target, traces, model.num_classes)
         if words := unlike_before(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1]):
@@ -230,6 +232,20 @@ def known_images(model: EarlyExitModel, marks: Tensor | None, *, own: bool = Tru
     if found and not all(A_FEW in words for words in found):
         found.append("Give images that nothing was trained or chosen on.")
     return " ".join(found)
+
+
+def _require_new(model: EarlyExitModel, marks: Tensor | None, confidence: float) -> None:
+    """Refuse a guarantee by images with these marks (n,) if an epoch was picked, or h was calibrated, on more than a few of them."""
+    results = model.results or {}
+    watched = results.get(WATCHED)
+    for records, words in (
+        (watched if isinstance(watched, list) else [], "A training with patience picked its epoch by its loss on"),
+        ([results.get(CALIBRATED_ON)] * (model.confidence == CALIBRATED), "The confidence was calibrated on"),
+    ):
+        if (some := _some_of(records, marks)) not in ("", A_FEW):
+            why, guarantees = f"{words} {some}, so they cannot show what ", Argument("confidence", f"{confidence:g}")
+            text = " guarantees. Give images that nothing was trained or chosen on."
+            raise DataError(why, guarantees, text, argument="data")
 
 
 def _some_of(records: Sequence[Any], marks: Tensor | None) -> str:

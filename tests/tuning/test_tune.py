@@ -280,6 +280,35 @@ def test_nothing_is_guaranteed_on_images_that_the_heads_were_trained_on():
         ptee.tune(model, ConcatDataset([others, Subset(ours, [0])]), max_fidelity_drop=0.5, confidence=0.9)
 
 
+def test_nothing_is_guaranteed_on_images_that_a_training_picked_its_epoch_by(tmp_path):
+    ours, watched, others = drawn(80), drawn(80, seed=1), drawn(80, seed=2)
+    model = trained_on(ours, val_data=watched, patience=1)
+    ptee.train(model, ours, epochs=1, views=1, val_data=others)  # only looked at
+    model.save_pretrained(tmp_path / "run")
+    model = ptee.load(tmp_path / "run", backbone=model.detach())
+    why = r"^A training with patience picked its epoch by its loss on about 67% of these images, .* show what confidence=0.9 guarantees\. Give"
+    with pytest.raises(DataError, match=why):
+        ptee.tune(model, ConcatDataset([watched, Subset(others, range(40))]), max_fidelity_drop=0.5, confidence=0.9)
+    ptee.tune(model, others, max_fidelity_drop=0.5, confidence=0.9)
+    ptee.tune(model, watched, max_fidelity_drop=0.5)
+
+
+def test_nothing_is_guaranteed_on_images_that_the_confidence_was_calibrated_on(tmp_path):
+    ours, others = drawn(80), drawn(80, seed=1)
+    model = made()
+    ptee.calibrate(model, ours)
+    model.save_pretrained(tmp_path / "run")
+    model = ptee.load(tmp_path / "run", backbone=model.detach())
+    why = r"^The confidence was calibrated on these images, so they cannot show what confidence=0.9 guarantees\. Give images that nothing"
+    with pytest.raises(DataError, match=why):
+        ptee.tune(model, ours, max_fidelity_drop=0.5, confidence=0.9)
+    ptee.tune(model, others, max_fidelity_drop=0.5, confidence=0.9)
+    model.confidence = "max_prob"
+    ptee.tune(model, ours, max_fidelity_drop=0.5, confidence=0.9)
+    ptee.calibrate(model, others)
+    ptee.tune(model, ours, max_fidelity_drop=0.5, confidence=0.9)
+
+
 @pytest.mark.parametrize("error", [DataError, KeyboardInterrupt])
 def test_a_training_that_changes_no_head_leaves_the_results_and_what_is_known_of_images(error):
     class Stopping(TensorDataset):
@@ -314,8 +343,9 @@ def test_results_of_other_heads_are_forgotten_when_these_are_trained_again():
 )
 def test_what_a_stranger_wrote_of_training_images_does_no_harm(record):
     model, ours = made(), drawn(40)
-    model.results = {"trained_on": record}
+    model.results = {"trained_on": record, "watched": record}
     assert told(model, ours) == ""
+    ptee.tune(model, ours, max_fidelity_drop=0.9, confidence=0.5)
 
 
 def test_white_pictures_with_a_small_object_are_not_taken_for_one_another():
