@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -253,29 +254,57 @@ def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, re
 
 
 def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
-    """A sentence, if the backbone takes most images of some classes for another of them, in a ring: a for b, b for c, c for a.
+    """A sentence, if the backbone takes most images of some classes for others, in a ring or in a chain.
+
+    In a ring, a for b, b for c and c for a, they have another order. In a chain that ends in a class of which no image is known as
+    such, a for b and b for c, one class is missing, so that the next ones were given lower numbers.
 
     No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck, and of classes that
-    a backbone cannot tell apart some do: over all rings together, those in the wrong class must be many times those in the right
+    a backbone cannot tell apart some do: over all of these together, those in the wrong class must be many times those in the right
     one, and more by several standard deviations.
     """
     truth = torch.tensor([found(label) for label in labels.tolist()], device="cpu")
+    answered = {number: answers[truth == number] for number in truth.unique().tolist()}
     taken_for = {}
-    for number in truth.unique().tolist():
-        own = answers[truth == number]
+    for number, own in answered.items():
         most = int(own.mode().values)
         if len(own) >= OF_A_CLASS and 2 * int((own == most).sum()) > len(own) and most != number:
             taken_for[number] = most
     rings = {one: other for one, other in taken_for.items() if _returns(one, taken_for)}
-    moved = sum(int((answers[truth == one] == other).sum()) for one, other in rings.items())
-    right = sum(int((answers[truth == one] == one).sum()) for one in rings)
+    moves = rings | _chains(taken_for, answered) or _shift(answers, truth)
+    moved = sum(int((answered[one] == other).sum()) for one, other in moves.items())
+    right = sum(int((answered[one] == one).sum()) for one in moves)
     if moved <= CLEAR * right or moved - right <= SURE * (moved + right) ** 0.5:
         return ""
     name = found.classes or range(int(answers.max()) + 1)
-    pairs = some([f"{name[one]} for {name[other]}" for one, other in rings.items()])
+    pairs = some([f"{name[one]} for {name[other]}" for one, other in moves.items()])
     return (
         f"The backbone takes most images of some classes for others: {pairs}. It may know its classes in another order."
     )
+
+
+def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dict[int, int]:
+    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such."""
+    times = Counter(taken_for.values())
+
+    def is_free(one: int, other: int) -> bool:
+        known = int((answered[other] == other).sum()) if other in answered else 0
+        return times[other] == 1 and (other in taken_for or CLEAR * known <= int((answered[one] == other).sum()))
+
+    steps = {one: other for one, other in taken_for.items() if is_free(one, other)}
+    return {one: other for one, other in steps.items() if other in steps or one in steps.values()}
+
+
+def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
+    """Of many classes there are few images each: the classes of which images are taken for the one so many places on, if that is so
+    of most images that are taken for others."""
+    away = (answers - truth)[answers != truth]
+    if not len(away):
+        return {}
+    places = int(away.mode().values)
+    own = truth[answers - truth == places].unique().tolist()
+    is_usual = 2 * int((away == places).sum()) > len(away) and len(own) >= OF_A_CLASS
+    return {number: number + places for number in own} if is_usual else {}
 
 
 def _returns(start: int, step: Mapping[int, int]) -> bool:
