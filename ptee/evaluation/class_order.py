@@ -284,7 +284,8 @@ def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
 
 
 def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dict[int, int]:
-    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such."""
+    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such;
+    none if most mistakes are others."""
     times = Counter(taken_for.values())
 
     def is_free(one: int, other: int) -> bool:
@@ -292,19 +293,34 @@ def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dic
         return times[other] == 1 and (other in taken_for or CLEAR * known <= int((answered[one] == other).sum()))
 
     steps = {one: other for one, other in taken_for.items() if is_free(one, other)}
-    return {one: other for one, other in steps.items() if other in steps or one in steps.values()}
+    found = {one: other for one, other in steps.items() if other in steps or one in steps.values()}
+    moved = sum(int((answered[one] == other).sum()) for one, other in found.items())
+    wrong = sum(int((own != number).sum()) for number, own in answered.items())
+    return found if 2 * moved > wrong else {}
 
 
 def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
-    """Of many classes there are few images each: the classes of which images are taken for the one so many places on, if that is so
-    of most images that are taken for others."""
-    away = (answers - truth)[answers != truth]
-    if not len(away):
+    """Of many classes there are few images each: neighbours that are taken for the class so many places on, if this is what most
+    mistakes are, nearly all of these are among the neighbours, and hardly any image of theirs is known."""
+    away = answers - truth
+    wrong = away[away != 0]
+    if not len(wrong):
         return {}
-    places = int(away.mode().values)
-    own = truth[answers - truth == places].unique().tolist()
-    is_usual = 2 * int((away == places).sum()) > len(away) and len(own) >= OF_A_CLASS
-    return {number: number + places for number in own} if is_usual else {}
+    places = int(wrong.mode().values)
+    shifted, right = away == places, away == 0
+    best, start, total = (0, 0, 0), 0, 0
+    for number in sorted(
+        set(truth.tolist())
+    ):  # the neighbours with the most such mistakes, each image that is known against CLEAR
+        own = truth == number
+        total += int(shifted[own].sum()) - CLEAR * int(right[own].sum())
+        if total <= 0:
+            start, total = number + 1, 0
+        best = max(best, (total, start, number))
+    inside = shifted & (truth >= best[1]) & (truth <= best[2])
+    found = truth[inside].unique().tolist()
+    is_shift = 2 * int(shifted.sum()) > len(wrong) and CLEAR * int(inside.sum()) > (CLEAR - 1) * int(shifted.sum())
+    return {number: number + places for number in found} if is_shift and len(found) >= OF_A_CLASS else {}
 
 
 def _returns(start: int, step: Mapping[int, int]) -> bool:
