@@ -257,7 +257,8 @@ def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
     """A sentence, if the backbone takes most images of some classes for others, in a ring or in a chain.
 
     In a ring, a for b, b for c and c for a, they have another order. In a chain that ends in a class of which no image is known as
-    such, a for b and b for c, one class is missing, so that the next ones were given lower numbers.
+    such, a for b and b for c, one class is missing, so that the next ones were given lower numbers. Where most classes are taken for
+    such a one, they have numbers of their own.
 
     No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck, and of classes that
     a backbone cannot tell apart some do: over all of these together, those in the wrong class must be many times those in the right
@@ -284,8 +285,10 @@ def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
 
 
 def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dict[int, int]:
-    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such;
-    none if most mistakes are others."""
+    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such.
+
+    All such steps, if most classes are taken for another one: these have numbers of their own. None if most mistakes are others.
+    """
     times = Counter(taken_for.values())
 
     def is_free(one: int, other: int) -> bool:
@@ -293,7 +296,8 @@ def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dic
         return times[other] == 1 and (other in taken_for or CLEAR * known <= int((answered[one] == other).sum()))
 
     steps = {one: other for one, other in taken_for.items() if is_free(one, other)}
-    found = {one: other for one, other in steps.items() if other in steps or one in steps.values()}
+    linked = {one: other for one, other in steps.items() if other in steps or one in steps.values()}
+    found = steps if 2 * len(steps) > len(answered) else linked
     moved = sum(int((answered[one] == other).sum()) for one, other in found.items())
     wrong = sum(int((own != number).sum()) for number, own in answered.items())
     return found if 2 * moved > wrong else {}

@@ -77,13 +77,21 @@ def of_answers(answers: list[list[int]]) -> tuple[SimpleNamespace, Data]:
         [[0] * 60, [2] * 9, [1] * 9],
         [[0] * 30, [2] * 9, [3] * 9, [4] * 9, [0, 1, 2, 3, 4] * 2],
         [[0] * 30, [2] * 9, [3] * 9],
+        [[0] * 30, [23] * 12, [48] * 12, [49] * 12],
     ],
-    ids=["two", "a ring of four", "rare ones", "a class replaced by an unknown one", "without a class in the middle"],
+    ids=[
+        "two",
+        "a ring of four",
+        "rare ones",
+        "a class replaced by an unknown one",
+        "without a class in the middle",
+        "numbers of their own",
+    ],
 )
 def test_classes_that_are_taken_for_each_other_are_a_doubt_though_the_rest_is_right(answers):
     found = labels_as_given(*of_answers(answers))
-    assert re.search(r"takes most images of some classes for others: 1 for 2, .* in another order\.$", found.doubt)
-    with pytest.raises(DataError, match="1 for 2, "):
+    assert re.search(r"takes most images of some classes for others: 1 for \d+, .* in another order\.$", found.doubt)
+    with pytest.raises(DataError, match="for others: 1 for "):
         found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
 
 
@@ -103,7 +111,7 @@ def test_many_classes_behind_missing_ones_are_a_doubt_though_there_are_few_image
         [[0] * 60, [2] * 5 + [1] * 3, [1] * 5 + [2] * 3],
         [[1] * 12, [2] * 12, [2] * 9, [3] * 60],
         [[2] * 12, [2] * 12, [3] * 12, [0, 1, 2] * 4, [4] * 60],
-        [[0] * 24, [3] * 12, [4] * 12],
+        [[0] * 24, [1] * 12, [4] * 12, [5] * 12],
         [[min(k + i, 9) for i in (0, 0, 0, 1, 1, 1, 1)] for k in range(10)],
         [[(k + 7 * k * k + 1) % 60 if k % 3 else k, k] for k in range(60)],
     ],
