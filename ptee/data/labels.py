@@ -156,9 +156,6 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     else:
         names, where, whose = tuple(_listed(classes)), LIST, "the backbone's numbers"
     place = {spelt(name): index for index, name in enumerate(names)}
-    if len(place) < len(names):
-        twice = sorted({name for index, name in enumerate(names) if place[spelt(name)] != index})
-        raise DataError(f"{where} names {some(twice)} more than once: give each of the backbone's classes once.")
     if len(names) != num_classes:
         raise DataError(
             f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
@@ -171,6 +168,11 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{some(near)}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
+    shared = {spelt(name) for index, name in enumerate(names) if place[spelt(name)] != index}
+    if twice := [name for name in class_names if spelt(name) in shared]:
+        raise DataError(
+            f"{where} names {some(twice)} more than once, and the data have it: give each of the backbone's classes one name."
+        )
     _require_names(names, where)
     indices = tuple(place[spelt(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
