@@ -311,13 +311,13 @@ def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
     if not len(wrong):
         return {}
     places = int(wrong.mode().values)
-    shifted, right = away == places, away == 0
+    shifted = away == places
+    times, known = (truth[rows].bincount(minlength=int(truth.max()) + 1).tolist() for rows in (shifted, away == 0))
     best, start, total = (0, 0, 0), 0, 0
-    for number in sorted(
-        set(truth.tolist())
+    for number, n in enumerate(
+        times
     ):  # the neighbours with the most such mistakes, each image that is known against CLEAR
-        own = truth == number
-        total += int(shifted[own].sum()) - CLEAR * int(right[own].sum())
+        total += n - CLEAR * known[number]
         if total <= 0:
             start, total = number + 1, 0
         best = max(best, (total, start, number))
