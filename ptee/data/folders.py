@@ -44,7 +44,14 @@ PACKED = (".arrow", ".beton", ".h5", ".hdf5", ".lmdb", ".npy", ".npz", ".parquet
 LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 BARE = "without extension"  # a file that may be a picture, and is not read
-NO_PICTURES = (*UNREAD, LINK, SPARSE, *SPECIAL.values())  # named like pictures, and not read
+NO_PICTURES = (
+    *UNREAD,
+    *ARCHIVES,
+    *PACKED,
+    LINK,
+    SPARSE,
+    *SPECIAL.values(),
+)  # may be or hold pictures, and are not read
 
 
 @dataclass(frozen=True)

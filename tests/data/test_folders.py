@@ -390,6 +390,13 @@ def test_files_without_an_extension_in_class_folders_are_counted(source):
     assert opened(source).summary.endswith("not read: 3 files without extension of train.")
 
 
+def test_archives_in_class_folders_are_counted(tmp_path):
+    write_folder(tmp_path, numbered(20))
+    for name in ("a/more.zip", "b/more.zip", "b/0.png.gz", "b/all.parquet", "b/0.xml"):
+        (tmp_path / name).touch()
+    assert opened(tmp_path).summary.endswith("not read: 1 .gz file, 1 .parquet file, 2 .zip files.")
+
+
 def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):
     write_folder(tmp_path / "elsewhere", ["0.png", "1.png"])
     write_folder(tmp_path / "data" / "a", ["2.png"])
