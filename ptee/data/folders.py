@@ -44,14 +44,8 @@ PACKED = (".arrow", ".beton", ".h5", ".hdf5", ".lmdb", ".npy", ".npz", ".parquet
 LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 BARE = "without extension"  # a file that may be a picture, and is not read
-NO_PICTURES = (
-    *UNREAD,
-    *ARCHIVES,
-    *PACKED,
-    LINK,
-    SPARSE,
-    *SPECIAL.values(),
-)  # may be or hold pictures, and are not read
+# May be pictures or hold some, and are not read.
+NO_PICTURES = (*UNREAD, *ARCHIVES, *PACKED, LINK, SPARSE, *SPECIAL.values())
 
 
 @dataclass(frozen=True)
