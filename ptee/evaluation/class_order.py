@@ -33,6 +33,8 @@ RECORD_AGAIN: Advice = (
     "Names get other numbers by ptee trace or ptee cache with --overwrite and --classes FILE, which names the backbone's classes in its "
     "order. Labels that are numbers must be mended where they stand.",
 )
+SORT_ALIKE: Advice = ("Sort the images of all parts into class folders alike.",)
+WORDS = {"train": "Training", "calibration": "Calibration", "validation": "Validation"}  # of each part
 TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 
 
@@ -80,7 +82,21 @@ def choose_class_order(
     if len(maps) > 1:
         images, answers, labels = _try(backbone.module, data, [found], device)
         doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
-    return replace(doubted, right=_by_part(data, images, answers, labels, found))
+    doubted = replace(doubted, right=_by_part(data, images, answers, labels, found))
+    return doubted if doubted.doubt else _each_alone(doubted, backbone, data, device)
+
+
+def _each_alone(found: LabelMap, backbone: Any, data: Data, device: str | torch.device | None) -> LabelMap:
+    """The labels, which are doubted where those of one part are that the data deliver: the many images of another may hide them."""
+    given = [part for part in data.split.get("parts", ()) if len(getattr(data, part))]
+    for part in given if len(given) > 1 else ():
+        only = replace(data, **{name: getattr(data, name) if name == part else [] for name in PARTS})
+        images, answers, labels = _try(backbone.module, only, [found], device)
+        alone = _doubted(found, backbone, answers, labels, SORT_ALIKE)
+        if alone.doubt:
+            return replace(alone, doubt=f"{WORDS[part]} images alone: {alone.doubt}")
+        found = replace(found, right={**found.right, **_by_part(only, images, answers, labels, found)})
+    return found
 
 
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:

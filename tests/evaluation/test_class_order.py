@@ -136,6 +136,19 @@ def test_validation_images_of_which_far_fewer_are_right_than_of_training_images_
     assert bool(re.search(words, describe_labels(found))) is said
 
 
+@pytest.mark.parametrize("wrong", ["train", "val"])
+def test_labels_of_one_part_are_doubted_though_the_many_images_of_the_other_are_right(wrong, tmp_path):
+    n = {"train": 30, "val": 30, wrong: 2}
+    for part in ("train", "val"):
+        names = NAMES[5:] + NAMES[:5] if part == wrong else NAMES
+        for k in range(n[part]):
+            write_folder(tmp_path / part, [f"{name}/{k}.png" for name in names])
+    found = choose_class_order(backbone(class_orders(NAMES)["timm"]), opened(tmp_path))
+    part = {"train": "Training", "val": "Validation"}[wrong]
+    assert found.doubt.startswith(f"{part} images alone: The backbone is right on 0.0% of ")
+    assert "Sort the images of all parts into class folders alike" in describe_labels(found)
+
+
 def test_an_ordinary_backbone_of_any_accuracy_and_number_of_classes_is_not_doubted():
     random, on_cpu = drawn(), torch.device("cpu")
     for classes in (2, 3, 5, 10, 30):
