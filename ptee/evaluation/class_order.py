@@ -28,6 +28,7 @@ from ptee.data.splits import FILES, PARTS, Data
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 OF_A_CLASS = 3  # images of a class that say what it is taken for
 CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
+OTHERS = "takes most images of some classes for others: "
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 RECORD_AGAIN: Advice = (
     "Names get other numbers by ptee trace or ptee cache with --overwrite and --classes FILE, which names the backbone's classes in its "
@@ -126,6 +127,19 @@ def labels_as_recorded(backbone: Any, answers: Tensor, labels: Tensor) -> LabelM
     if not len(labels) or labels_of_other_classes(labels, backbone.num_classes):  # then there is no accuracy at all
         return found
     return _doubted(found, backbone, answers, labels, RECORD_AGAIN)
+
+
+def another_order(name: str, answers: Tensor, known: Tensor, num_classes: int) -> str:
+    """A sentence, if a network of this name seems to know its classes in another order than the backbone: by the answers (n,) of both."""
+    same, n = (answers == known).double().mean().item(), len(answers)
+    pairs = _exchanged(LabelMap(tuple(range(num_classes)), ""), answers, known)
+    if near_chance(same, n, num_classes):
+        why = f"{name} agrees with the backbone on {same:.1%} of {n:,} images, and would on {1 / num_classes:.1%} by chance"
+    elif pairs:
+        why = f"{name} {OTHERS}{pairs}"
+    else:
+        return ""
+    return f"{why}: it may know its classes in another order. Give one that knows them as the backbone does."
 
 
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
@@ -265,12 +279,14 @@ def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, re
     if getattr(backbone, "is_random", False):
         words = near_chance(right, n, backbone.num_classes)
         return replace(found, doubt=f"{words}: its weights are random.", remedy=TRAIN_IT) if words else found
-    doubt = _doubt(right, n, backbone.num_classes) or _exchanged(found, answers, labels)
+    doubt = _doubt(right, n, backbone.num_classes)
+    if not doubt and (pairs := _exchanged(found, answers, labels)):
+        doubt = f"The backbone {OTHERS}{pairs}. It may know its classes in another order."
     return replace(found, doubt=doubt, remedy=remedy if doubt else found.remedy)
 
 
 def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
-    """A sentence, if the backbone takes most images of some classes for others, in a ring or in a chain.
+    """Which classes the backbone takes for which others, if it does so with most images of some, in a ring or in a chain; else empty.
 
     In a ring, a for b, b for c and c for a, they have another order. In a chain that ends in a class of which no image is known as
     such, a for b and b for c, one class is missing, so that the next ones were given lower numbers. Where most classes are taken for
@@ -294,10 +310,7 @@ def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
     if moved <= CLEAR * right or moved - right <= SURE * (moved + right) ** 0.5:
         return ""
     name = found.classes or range(int(answers.max()) + 1)
-    pairs = some([f"{name[one]} for {name[other]}" for one, other in moves.items()])
-    return (
-        f"The backbone takes most images of some classes for others: {pairs}. It may know its classes in another order."
-    )
+    return some([f"{name[one]} for {name[other]}" for one, other in moves.items()])
 
 
 def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dict[int, int]:
