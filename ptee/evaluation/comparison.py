@@ -134,9 +134,8 @@ def compare(
         cost = _macs(network) / first.plan.macs
         both = zip(parts, pair, strict=True)
         cascade = Pair(*(_cascade(_logits(network, first, part, t, place, **how), t, cost) for part, t in both))
-        seen += filter(
-            None, [another_order(name, cascade.report.answers[0], cascade.report.answers[1], first.num_classes)]
-        )
+        answers, known = torch.cat([traces.answers for traces in cascade], dim=1)
+        seen += filter(None, [another_order(name, answers, known, first.num_classes)])
         found += _of_network(name, first.plan.backbone, _with_times(cascade, times, name), allowed)
     return Comparison(
         backbone=first.plan.backbone,
