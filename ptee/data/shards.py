@@ -224,6 +224,8 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
                 content = tar.extractfile(member)
                 assert content is not None
                 found[ending.lower()] = content.read()
+            elif is_picture(_last(ending)):
+                found[ending.lower()] = b""  # it is only named
     yield from of_members(f"{name}/{before}", found)
 
 
@@ -238,9 +240,19 @@ def is_picture(ending: str) -> bool:
     return f".{ending.lower()}" in EXTENSIONS
 
 
+def _last(ending: str) -> str:
+    return ending.rpartition(".")[2]
+
+
 def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
     """The sample of some members of a shard, if one is a picture."""
     pictures = [ending for ending in members if is_picture(ending)]
+    hidden = [ending for ending in members if is_picture(_last(ending))]
+    if hidden and not pictures:
+        raise DataError(
+            f"{key} has the picture {hidden[0]!r}, and none called .png, .jpg or the like: in shards all that follows the first point of a name stands "
+            "for its kind: rename the pictures, without such points."
+        )
     if pictures:
         yield Sample(key, members[pictures[0]], *_label_of(key, members))
 

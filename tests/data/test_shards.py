@@ -47,6 +47,22 @@ def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path):
         find_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "key", "ending"),
+    [
+        (["img.001.png", "img.002.png"], "img", "001.png"),
+        (["cat/a.png", "cat/Dr. Who.JPG"], "cat/Dr", " who.jpg"),
+        (["7.input.png", "7.target.cls"], "7", "input.png"),
+    ],
+    ids=["numbered", "a name", "two kinds"],
+)
+def test_a_picture_that_its_name_hides_is_named_and_not_left_out(names, key, ending, tmp_path):
+    tar(tmp_path / "a.tar", {"0.png": b"one", "0.seg.png": b"a mask"} | dict.fromkeys(names, b"two"))
+    said = rf"a\.tar/{key} has the picture '{ending}', and none called \.png, \.jpg .* for its kind: rename the pictures, without"
+    with pytest.raises(DataError, match=said):
+        read(tmp_path)
+
+
 def test_a_shard_without_labels_gives_the_folder_as_the_name_of_the_class(tmp_path):
     tar(tmp_path / "a.tar", {"cat/1.png": b"one", "2.png": b"two", "note.txt": b"no picture"})
     assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat", True), Sample("a.tar/2", b"two", -1, "")]
