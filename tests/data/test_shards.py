@@ -146,17 +146,29 @@ def test_labels_of_a_table_are_numbers_or_names(column, found, tmp_path):
     assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == found
 
 
+def named_table(path: Path, names: list[str], label: int) -> None:
+    feature = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [b"one"], "label": [label]})
+    pa.parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(feature)}), path)
+
+
 def test_numbers_that_hugging_faces_schema_names_are_given_as_names(tmp_path):
-    feature = {"info": {"features": {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
     for label in (1, 2):
-        table = pa.table({"image": [b"one"], "label": [label]})
-        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
-        pa.parquet.write_table(table, tmp_path / "a.parquet")
+        named_table(tmp_path / "a.parquet", ["dog", "cat"], label)
         assert find_source(tmp_path).class_names == ("dog", "cat")
         if label == 1:
             assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == [(-1, "cat")]
     with pytest.raises(DataError, match="has the label 2, and its table names 2 classes"):
         read(tmp_path)
+
+
+def test_tables_that_name_their_numbers_differently_are_refused(tmp_path):
+    for file, names in (("a", ["cat", "dog"]), ("b", ["cat", "dog"]), ("c", ["dog", "cat"])):
+        named_table(tmp_path / f"{file}.parquet", names, 1)
+    with pytest.raises(
+        DataError, match=r"a\.parquet and c\.parquet of .* name the numbers of their classes differently"
+    ):
+        find_source(tmp_path)
 
 
 def test_pictures_and_tables_beside_shards_are_not_read_and_named(tmp_path):
