@@ -198,7 +198,7 @@ def _require_suffix(path: Path, named: bool, is_zip: bool) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a file of torch.save that is not as it was written, and one of torch.jit.save.
+    """Refuse a file of torch.save that is not as it was written, and one of torch.jit.save or torch.export.save.
 
     torch itself compares no checksums.
     """
@@ -208,6 +208,9 @@ def _require_whole(path: Path) -> None:
             raise refusal(
                 path, "is TorchScript, a program and no file of weights. Load it, and save model.state_dict()."
             )
+        if any(part.filename.endswith("/archive_format") for part in parts):
+            text = "is a program of torch.export and no file of weights. Load it (torch.export.load), and save its state_dict."
+            raise refusal(path, text)
         if len(parts) > 2 * MOST_TENSORS:  # that of an optimizer may be as many, by number
             raise _too_many(path, len(parts))
         require_not_compressed(path, archive)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptee._common.errors import Argument, BackboneError
+from ptee._common.errors import Advice, Argument, BackboneError
 from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 from ptee.backbones.library import CHECK
 
@@ -36,6 +36,7 @@ LEFTOVER = re.compile(
     r"(^|\.)teacher\.|" + COUNTERS.pattern,
     re.IGNORECASE,
 )
+NORMALISES = re.compile(r"(^|[._])(mean|std|mu|sigma)$")  # ends the name of a tensor
 # Names in files that timm and torchvision published, and those that their networks have now.
 EARLIER = (
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\."), r"\1\2."),  # DenseNet
@@ -110,17 +111,16 @@ def find_network(checkpoint: Checkpoint, module: nn.Module) -> Match:
         found += here
     whole = [c for c in found if c.is_whole]
     if not whole:
-        raise refusal(checkpoint.file, _no_network(found, kind), *CHECK)
+        text, advice = _no_network(found, kind)
+        raise refusal(checkpoint.file, text, *advice)
     fitting = [c for c in whole if not c.misshapen]
     if not fitting:
         raise _other_shapes(checkpoint, whole[0], module)
     chosen = _choose(checkpoint, fitting)
     if strangers := _strangers(chosen, whole):
-        text = (
-            f"holds a whole {kind} under {chosen.printed!r}, and beside it {shown(strangers, 3)}, which {kind} does not have. "
-            "Save the state_dict of the network alone. "
-        )
-        raise refusal(checkpoint.file, text, *CHECK)
+        text = f"holds a whole {kind} under {chosen.printed!r}, and beside it {shown(strangers, 3)}, which {kind} does not have. "
+        alone = ("Save the state_dict of the network alone. ", *CHECK)
+        raise refusal(checkpoint.file, text, *(_as_arguments(strangers) or alone))
     tensors = OrderedDict((key, chosen.tensors[key]) for key in own)
     if not chosen.prefix and list(chosen.state) == list(own):  # versions of modules, which are stored by name
         tensors._metadata = getattr(chosen.state, "_metadata", None)  # type: ignore[attr-defined]
@@ -309,16 +309,26 @@ def _note(checkpoint: Checkpoint, chosen: _Candidate, found: list[_Candidate], f
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def _no_network(found: list[_Candidate], kind: str) -> str:
+def _no_network(found: list[_Candidate], kind: str) -> tuple[str, Advice]:
+    """What to say where no candidate is whole, and what to do."""
     nearest = max(found, key=lambda c: (len(c.tensors), -len(c.missing), -len(c.unknown)))
     if not nearest.tensors:
-        return f"holds no {kind}: its tensors are called {shown(_counters_last(found[0].state), 4)}. "
+        return f"holds no {kind}: its tensors are called {shown(_counters_last(found[0].state), 4)}. ", CHECK
     unknown = _counters_last(nearest.unknown + nearest.beside)
     if not nearest.missing:
-        return f"has unknown {shown(unknown, 3)} beside a whole {kind}. It may be of a larger network, or hold another beside this one. "
+        larger = ("It may be of a larger network, or hold another beside this one. ", *CHECK)
+        return f"has unknown {shown(unknown, 3)} beside a whole {kind}. ", _as_arguments(unknown) or larger
     unknown = unknown or [name for name in nearest.state if name not in nearest.used and not COUNTERS.search(name)]
     there = f"has unknown {shown(unknown, 3)}" if unknown else f"has {shown(list(nearest.tensors), 3)}"
-    return f"is of another model: it lacks {shown(nearest.missing, 3)} and {there}. "
+    return f"is of another model: it lacks {shown(nearest.missing, 3)} and {there}. ", CHECK
+
+
+def _as_arguments(names: Sequence[str]) -> Advice:
+    """What to do with tensors that normalise images, if all of these do by their names; else empty."""
+    if not all(map(NORMALISES.search, names)):
+        return ()
+    text = "They normalise images: save the state_dict without them, and give them as "
+    return (text, Argument("mean"), " and ", Argument("std"), ".")
 
 
 def _counters_last(names: Sequence[str] | State) -> list[str]:

@@ -99,6 +99,10 @@ def require_weights(file: str | Path) -> None:
     if (path := Path(file)).suffix == ".py":
         text = f"{file!s:.300} is a Python file. Save the weights with torch.save(net.state_dict(), 'weights.pth'), and give that."
         raise BackboneError(text, argument="weights", value=str(file))
+    if parts := _distributed(path):
+        text = f"{file!s:.300} is a distributed checkpoint of torch, in several files."
+        make = f" Make one of them: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {parts!s:.300} FILE.pth."
+        raise BackboneError(text, make, argument="weights", value=str(file))
     if is_file(path):
         if not _may_hold_weights(path):
             text = (
@@ -110,6 +114,12 @@ def require_weights(file: str | Path) -> None:
     if found := _inside(path):
         text, advice = f"{file!s:.300} is a folder.", f" Give the file of weights in it: {some(found)}."
     raise BackboneError(text, advice, argument="weights", value=str(file))
+
+
+def _distributed(path: Path) -> Path | None:
+    """The folder of a distributed checkpoint (FSDP), if this is one or lies in one."""
+    folder = path.parent if path.suffix == ".distcp" else path
+    return folder if is_file(folder / ".metadata") and any(folder.glob("*.distcp")) else None
 
 
 def _may_hold_weights(path: Path) -> bool:

@@ -39,10 +39,13 @@ UNREAD = (
     *(".npy", ".pbm", ".pcx", ".raw", ".svg", ".tga"),
 )
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip")
+# Files that may hold the pictures of a whole part, and are not read.
+PACKED = (".arrow", ".beton", ".h5", ".hdf5", ".lmdb", ".npy", ".npz", ".parquet", ".rec", ".tfrecord", ".tfrecords")
 LINK, SPARSE = "linked", "sparse"  # a picture in a tar file that is a link to another, or is stored without its zeros
 SPECIAL = {tarfile.FIFOTYPE: "named-pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 BARE = "without extension"  # a file that may be a picture, and is not read
-NO_PICTURES = (*UNREAD, LINK, SPARSE, *SPECIAL.values())  # named like pictures, and not read
+# May be pictures or hold some, and are not read.
+NO_PICTURES = (*UNREAD, *ARCHIVES, *PACKED, LINK, SPARSE, *SPECIAL.values())
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ def _refuse_same_subfolders(folder: Path) -> None:
     """Folders that all hold the same class folders are parts, whatever their names. More of them than that are classes in two levels."""
     tops = subfolders(folder)
     same = _with_pictures(tops[0]) if len(tops) > 1 else []
-    if len({*map(is_no_picture, same)}) == 2:  # images/ and masks/, of which `require_no_masks` speaks
-        return
+    if any(len({*map(is_no_picture, names)}) == 2 for names in (same, [top.name for top in tops])):
+        return  # images/ and masks/, of which `require_no_masks` speaks
     if len(same) >= max(2, len(tops)) and all(_with_pictures(top) == same for top in tops[1:]):
         raise DataError(
             f"The folders {some([top.name for top in tops])} of '{folder}' all hold {some(same)}, so they look like parts, not "
@@ -221,10 +224,13 @@ def _beside(
         if part in wanted and part not in found:
             raise DataError(f"'{path}' {_why_no_part(path, first)}, or move it away.")
     rest = [path for path in visible(folder) if path not in found.values()]
-    for path in rest if first.is_file() else ():
-        part = part_of(path.name.partition(".")[0])
-        if path.suffix.lower() in ARCHIVES and part in wanted and part not in found:
-            raise DataError(f"'{path}' is compressed, beside '{first.name}': unpack it once, or move it away.")
+    for path in rest:
+        part = _part_in_name(path)
+        if part in wanted and part not in found and path.suffix.lower() in (*ARCHIVES, *PACKED):
+            what, instead = "of a kind that is not read", f"save its pictures as {part}/CLASS/*.png"
+            if path.suffix.lower() in ARCHIVES:
+                what, instead = "compressed", "unpack it once"
+            raise DataError(f"'{path}' is {what}, beside '{first.name}': {instead}, or move it away.")
     return [f"{path.name}/" for path in rest if path.is_dir()] + _loose(rest)
 
 
@@ -241,11 +247,18 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS + UNREAD and not path.is_dir()
 
 
+def _part_in_name(path: Path) -> str | None:
+    """The part that a file says by its name, as val.csv and validation-00000-of-00001.parquet do."""
+    return None if path.is_dir() else part_of(path.name.partition(".")[0])
+
+
 def _loose(paths: Sequence[Path]) -> list[str]:
-    """The archives and pictures among some paths, in words."""
+    """The files among some paths that hold pictures, or may say which images are for what, in words."""
     n = sum(map(_is_picture, paths))
-    archives = [path.name for path in paths if path.suffix.lower() in (".tar", *ARCHIVES) and not path.is_dir()]
-    return archives + ([number_of(n, "picture", which=" outside of class folders")] if n else [])
+    kinds = (".tar", *ARCHIVES, *PACKED)
+    files = [path for path in paths if not path.is_dir() and not _is_picture(path)]
+    named = [path.name for path in files if path.suffix.lower() in kinds or _part_in_name(path)]
+    return named + ([number_of(n, "picture", which=" outside of class folders")] if n else [])
 
 
 def _refuse_empty_classes(found: _Part, path: Path) -> None:

@@ -8,6 +8,7 @@ torchvision sorts them as text (class10, class2). Where the two orders differ, t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -156,9 +157,6 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     else:
         names, where, whose = tuple(_listed(classes)), LIST, "the backbone's numbers"
     place = {spelt(name): index for index, name in enumerate(names)}
-    if len(place) < len(names):
-        twice = sorted({name for index, name in enumerate(names) if place[spelt(name)] != index})
-        raise DataError(f"{where} names {some(twice)} more than once: give each of the backbone's classes once.")
     if len(names) != num_classes:
         raise DataError(
             f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
@@ -171,10 +169,35 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
         near = get_close_matches(strange[0], names, 1)
         hint = f" (did you mean '{some(near)}'?)" if near else ""
         raise DataError(f"{where} lacks classes of the data: {some(strange)}{hint}. Use the same names in both.")
+    shared = _shared(names)
+    if twice := sorted({name for name in class_names if spelt(name) in shared}):
+        raise DataError(
+            f"{where} names {some(twice)} more than once: give each of these classes of the backbone one name."
+        )
     _require_names(names, where)
     indices = tuple(place[spelt(name)] for name in class_names)
     have = "class of the data has" if len(class_names) == 1 else "classes of the data have"
     return LabelMap(indices, f"The {len(class_names)} {have} {whose}.", names)
+
+
+def _shared(names: Sequence[str]) -> set[str]:
+    """Names, `spelt` alike, that several classes have."""
+    times = Counter(map(spelt, names))
+    return {name for name, n in times.items() if n > 1}
+
+
+def numbers_of_names(recorded: Sequence[str], num_classes: int, classes: str | Path | None = None) -> dict[str, int]:
+    """The backbone's number of each of its classes by name, `spelt` alike, for images of which the classes are not known before.
+
+    `recorded` are their names as a run says; those that several classes have are left out. `classes` is a file that names them instead.
+
+    Raises:
+        DataError: if the file does not give each class a name of its own.
+    """
+    if classes is not None:
+        recorded = map_labels(read_names(classes), num_classes, classes=classes).classes or ()
+    shared = _shared(recorded)
+    return {spelt(name): n for n, name in enumerate(recorded) if spelt(name) not in shared}
 
 
 def _listed(classes: Any) -> list[str]:

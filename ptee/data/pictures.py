@@ -40,8 +40,8 @@ NAMED_AT_MOST = 100  # unreadable pictures in one message
 LARGEST_PICTURE = 2**30  # bytes of one encoded picture
 NOT_A_FILE = "not a regular file"
 # Words for what shows where something is on a picture: as the name of a folder, and behind the name of the picture.
-MASKS = r"masks?|labels?|annotations?|ground[ _-]?truths?|gt|segs?|segmentations?"
-IMAGES_FOLDER = re.compile(r"images?|imgs?|pictures?|photos?|x-?rays?|inputs?|originals?", re.IGNORECASE)
+MASKS = r"masks?|trimaps?|labels?|annotations?|ground[ _-]?truths?|gt|segs?|segmentations?|segmentation(?:class|object)"
+IMAGES_FOLDER = re.compile(r"(?:jpeg)?images?|imgs?|pictures?|photos?|x-?rays?|inputs?|originals?", re.IGNORECASE)
 MASKS_FOLDER = re.compile(rf"(?:.*[ _.-])?masks?|{MASKS}", re.IGNORECASE | re.DOTALL)
 MASK_OF = re.compile(rf"[ _.-](?:{MASKS})(?:[ _.-]?\d+)?\Z", re.IGNORECASE)
 NEARLY_EACH = 0.9  # of the classes
@@ -339,11 +339,18 @@ def is_no_picture(name: str) -> bool:
 
 def require_no_masks(source: Path, files: Iterable[File]) -> None:
     """Refuse masks and the like beside the pictures that they are named after: heads would learn from them as from images of the class."""
-    below: defaultdict[str, set[str]] = defaultdict(set)  # by folder: its pictures, without extensions
+    own: defaultdict[str, set[str]] = defaultdict(set)  # by folder: its pictures, without extensions
     for file in files:
         folder, _, name = file.name.rpartition("/")
-        below[folder].add(name.rpartition(".")[0])
-    pictured = defaultdict(set, {folder: set(stems) for folder, stems in below.items()})  # with those in images/
+        own[folder].add(name.rpartition(".")[0])
+    below: defaultdict[str, set[str]] = defaultdict(
+        set
+    )  # of masks or images: the pictures in it, however deep they lie
+    for folder, stems in own.items():
+        for place in (folder[:end] for end in [*(slash.start() for slash in re.finditer("/", folder)), len(folder)]):
+            if is_no_picture(name := place.rpartition("/")[2]) or IMAGES_FOLDER.fullmatch(name):
+                below[place] |= stems
+    pictured = defaultdict(set, {folder: set(stems) for folder, stems in own.items()})  # with those in images/
     for folder, stems in below.items():
         above, _, name = folder.rpartition("/")
         if IMAGES_FOLDER.fullmatch(name):
@@ -351,11 +358,13 @@ def require_no_masks(source: Path, files: Iterable[File]) -> None:
     for folder, stems in below.items():
         above, _, name = folder.rpartition("/")
         of = {MASK_OF.sub("", stem) for stem in stems}
-        if above and is_no_picture(name) and 2 * len(of & pictured[above]) >= len(of):
+        if is_no_picture(name) and 2 * len(of & pictured[above]) >= len(of):
             raise DataError(
                 f"'{source}' holds {folder}/ with pictures that are named after others beside it, as masks are. Every picture below a class "
-                f"folder is taken for an image of the class. Move {name}/ out of the class folders. If it holds such images, rename it."
+                f"folder is taken for an image of the class. Move {name}/ out of {'the class folders' if above else 'it'}. If it holds such "
+                "images, rename it."
             )
+    for folder, stems in own.items():
         twins = {stem for stem in stems if MASK_OF.search(stem) and MASK_OF.sub("", stem) in stems}
         if twins and 2 * len(twins) >= len(stems) - len(twins):
             raise DataError(

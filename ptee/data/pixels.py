@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's; it gives some others to other programs
 SIXTEEN_BITS = 65535
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # the tag of a TIFF that says what its values mean, and one meaning
 LONGEST_SIDE = (
     100  # times the shorter one: pictures are resized whole, so a thin one of few bytes could fill the memory
 )
@@ -54,7 +55,8 @@ def eight_bits(image: Image) -> Image:
     from PIL import Image
 
     require_sides(image.size)
-
+    if image.mode == "LAB":  # Pillow makes colours of it, but no grey levels
+        return image.convert("RGB")
     # Pillow opens some 16-bit files as 32-bit integers, scaled to 0..65535.
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not sixteen and image.mode not in ("I", "F"):
@@ -67,6 +69,8 @@ def eight_bits(image: Image) -> Image:
             f"it holds {kind} from {values.min():g} to {values.max():g}, and ptee reads 8-bit and 16-bit values and floats from "
             "0 to 1. Save it with 8 bits."
         )
+    if sixteen and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns 8 bits round, not 16
+        values = white - values
     return Image.fromarray((values * (255 / white)).round().astype("uint8"))
 
 

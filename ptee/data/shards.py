@@ -114,7 +114,7 @@ def find_source(source: str | Path) -> Source:
         if found and kind == PICTURES and path.is_dir() and any("/" in file for file in found):
             return _of_classes(path)
         if found and (kind != PICTURES or path.is_dir()):
-            names = _names_of_labels(top / found[0]) if kind == PARQUET else ()
+            names = _names_in_all(top, found) if kind == PARQUET else ()
             return _made(top, kind, found, class_names=names, not_read=_beside(kind, files))
     raise DataError(f"{source!s:.300} lists no images. {GIVE}", Argument("data", "FOLDER"), ".", argument="data")
 
@@ -224,6 +224,8 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
                 content = tar.extractfile(member)
                 assert content is not None
                 found[ending.lower()] = content.read()
+            elif is_picture(_last(ending)):
+                found[ending.lower()] = b""  # it is only named
     yield from of_members(f"{name}/{before}", found)
 
 
@@ -238,9 +240,19 @@ def is_picture(ending: str) -> bool:
     return f".{ending.lower()}" in EXTENSIONS
 
 
+def _last(ending: str) -> str:
+    return ending.rpartition(".")[2]
+
+
 def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
     """The sample of some members of a shard, if one is a picture."""
     pictures = [ending for ending in members if is_picture(ending)]
+    hidden = [ending for ending in members if is_picture(_last(ending))]
+    if hidden and not pictures:
+        raise DataError(
+            f"{key} has the picture {hidden[0]!r}, and none called .png, .jpg or the like: in shards all that follows the first point of a name stands "
+            "for its kind: rename the pictures, without such points."
+        )
     if pictures:
         yield Sample(key, members[pictures[0]], *_label_of(key, members))
 
@@ -293,6 +305,19 @@ def read_label(key: str, value: Any) -> tuple[int, str]:
     if not 0 <= number <= LARGEST_LABEL:
         raise DataError(f"{key} has the label {shown(text)}. Give each image the number or the name of its class.")
     return number, ""
+
+
+def _names_in_all(top: Path, tables: Sequence[str]) -> tuple[str, ...]:
+    """The class names that the tables of a folder give their numbers. Other ones in one of them are refused."""
+    named = {file: names for file in tables if (names := _names_of_labels(top / file))}
+    first = next(iter(named), "")
+    for file, names in named.items():
+        if names != named[first]:
+            raise DataError(
+                f"{first} and {file} of {top} name the numbers of their classes differently ({some(named[first])}; {some(names)}): give the "
+                "tables of one data set."
+            )
+    return named.get(first, ())
 
 
 def _names_of_labels(path: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,14 @@ from ptee.data.splits import FILES, PARTS, Data
 CHECKED, BATCH = 128, 32  # images that the backbone is tried on
 OF_A_CLASS = 3  # images of a class that say what it is taken for
 CLEAR = 8  # times as many in the wrong class as in the right one; classes that cannot be told apart show about 3
+OTHERS = "takes most images of some classes for others: "
 NAME_THEM: Advice = ("Give a file that names them in its order, one name a line (", Argument("classes", "FILE"), ").")
 RECORD_AGAIN: Advice = (
     "Names get other numbers by ptee trace or ptee cache with --overwrite and --classes FILE, which names the backbone's classes in its "
     "order. Labels that are numbers must be mended where they stand.",
 )
+SORT_ALIKE: Advice = ("Sort the images of all parts into class folders alike.",)
+WORDS = {"train": "Training", "calibration": "Calibration", "validation": "Validation"}  # of each part
 TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 
 
@@ -79,7 +83,21 @@ def choose_class_order(
     if len(maps) > 1:
         images, answers, labels = _try(backbone.module, data, [found], device)
         doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
-    return replace(doubted, right=_by_part(data, images, answers, labels, found))
+    doubted = replace(doubted, right=_by_part(data, images, answers, labels, found))
+    return doubted if doubted.doubt else _each_alone(doubted, backbone, data, device)
+
+
+def _each_alone(found: LabelMap, backbone: Any, data: Data, device: str | torch.device | None) -> LabelMap:
+    """The labels, which are doubted where those of one part are that the data deliver: the many images of another may hide them."""
+    given = [part for part in data.split.get("parts", ()) if len(getattr(data, part))]
+    for part in given if len(given) > 1 else ():
+        only = replace(data, **{name: getattr(data, name) if name == part else [] for name in PARTS})
+        images, answers, labels = _try(backbone.module, only, [found], device)
+        alone = _doubted(found, backbone, answers, labels, SORT_ALIKE)
+        if alone.doubt:
+            return replace(alone, doubt=f"{WORDS[part]} images alone: {alone.doubt}")
+        found = replace(found, right={**found.right, **_by_part(only, images, answers, labels, found)})
+    return found
 
 
 def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | None = None) -> LabelMap:
@@ -109,6 +127,19 @@ def labels_as_recorded(backbone: Any, answers: Tensor, labels: Tensor) -> LabelM
     if not len(labels) or labels_of_other_classes(labels, backbone.num_classes):  # then there is no accuracy at all
         return found
     return _doubted(found, backbone, answers, labels, RECORD_AGAIN)
+
+
+def another_order(name: str, answers: Tensor, known: Tensor, num_classes: int) -> str:
+    """A sentence, if a network of this name seems to know its classes in another order than the backbone: by the answers (n,) of both."""
+    same, n = (answers == known).double().mean().item(), len(answers)
+    pairs = _exchanged(LabelMap(tuple(range(num_classes)), ""), answers, known)
+    if near_chance(same, n, num_classes):
+        why = f"{name} agrees with the backbone on {same:.1%} of {n:,} images, and would on {1 / num_classes:.1%} by chance"
+    elif pairs:
+        why = f"{name} {OTHERS}{pairs}"
+    else:
+        return ""
+    return f"{why}: it may know its classes in another order. Give one that knows them as the backbone does."
 
 
 def _candidates(data: Data, first: LabelMap) -> dict[str, LabelMap]:
@@ -248,34 +279,81 @@ def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, re
     if getattr(backbone, "is_random", False):
         words = near_chance(right, n, backbone.num_classes)
         return replace(found, doubt=f"{words}: its weights are random.", remedy=TRAIN_IT) if words else found
-    doubt = _doubt(right, n, backbone.num_classes) or _exchanged(found, answers, labels)
+    doubt = _doubt(right, n, backbone.num_classes)
+    if not doubt and (pairs := _exchanged(found, answers, labels)):
+        doubt = f"The backbone {OTHERS}{pairs}. It may know its classes in another order."
     return replace(found, doubt=doubt, remedy=remedy if doubt else found.remedy)
 
 
 def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
-    """A sentence, if the backbone takes most images of some classes for another of them, in a ring: a for b, b for c, c for a.
+    """Which classes the backbone takes for which others, if it does so with most images of some, in a ring or in a chain; else empty.
+
+    In a ring, a for b, b for c and c for a, they have another order. In a chain that ends in a class of which no image is known as
+    such, a for b and b for c, one class is missing, so that the next ones were given lower numbers. Where most classes are taken for
+    such a one, they have numbers of their own.
 
     No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck, and of classes that
-    a backbone cannot tell apart some do: over all rings together, those in the wrong class must be many times those in the right
+    a backbone cannot tell apart some do: over all of these together, those in the wrong class must be many times those in the right
     one, and more by several standard deviations.
     """
     truth = torch.tensor([found(label) for label in labels.tolist()], device="cpu")
+    answered = {number: answers[truth == number] for number in truth.unique().tolist()}
     taken_for = {}
-    for number in truth.unique().tolist():
-        own = answers[truth == number]
+    for number, own in answered.items():
         most = int(own.mode().values)
         if len(own) >= OF_A_CLASS and 2 * int((own == most).sum()) > len(own) and most != number:
             taken_for[number] = most
     rings = {one: other for one, other in taken_for.items() if _returns(one, taken_for)}
-    moved = sum(int((answers[truth == one] == other).sum()) for one, other in rings.items())
-    right = sum(int((answers[truth == one] == one).sum()) for one in rings)
+    moves = rings | _chains(taken_for, answered) or _shift(answers, truth)
+    moved = sum(int((answered[one] == other).sum()) for one, other in moves.items())
+    right = sum(int((answered[one] == one).sum()) for one in moves)
     if moved <= CLEAR * right or moved - right <= SURE * (moved + right) ** 0.5:
         return ""
     name = found.classes or range(int(answers.max()) + 1)
-    pairs = some([f"{name[one]} for {name[other]}" for one, other in rings.items()])
-    return (
-        f"The backbone takes most images of some classes for others: {pairs}. It may know its classes in another order."
-    )
+    return some([f"{name[one]} for {name[other]}" for one, other in moves.items()])
+
+
+def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dict[int, int]:
+    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such.
+
+    All such steps, if most classes are taken for another one: these have numbers of their own. None if most mistakes are others.
+    """
+    times = Counter(taken_for.values())
+
+    def is_free(one: int, other: int) -> bool:
+        known = int((answered[other] == other).sum()) if other in answered else 0
+        return times[other] == 1 and (other in taken_for or CLEAR * known <= int((answered[one] == other).sum()))
+
+    steps = {one: other for one, other in taken_for.items() if is_free(one, other)}
+    linked = {one: other for one, other in steps.items() if other in steps or one in steps.values()}
+    found = steps if 2 * len(steps) > len(answered) else linked
+    moved = sum(int((answered[one] == other).sum()) for one, other in found.items())
+    wrong = sum(int((own != number).sum()) for number, own in answered.items())
+    return found if 2 * moved > wrong else {}
+
+
+def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
+    """Of many classes there are few images each: neighbours that are taken for the class so many places on, if this is what most
+    mistakes are, nearly all of these are among the neighbours, and hardly any image of theirs is known."""
+    away = answers - truth
+    wrong = away[away != 0]
+    if not len(wrong):
+        return {}
+    places = int(wrong.mode().values)
+    shifted = away == places
+    times, known = (truth[rows].bincount(minlength=int(truth.max()) + 1).tolist() for rows in (shifted, away == 0))
+    best, start, total = (0, 0, 0), 0, 0
+    for number, n in enumerate(
+        times
+    ):  # the neighbours with the most such mistakes, each image that is known against CLEAR
+        total += n - CLEAR * known[number]
+        if total <= 0:
+            start, total = number + 1, 0
+        best = max(best, (total, start, number))
+    inside = shifted & (truth >= best[1]) & (truth <= best[2])
+    found = truth[inside].unique().tolist()
+    is_shift = 2 * int(shifted.sum()) > len(wrong) and CLEAR * int(inside.sum()) > (CLEAR - 1) * int(shifted.sum())
+    return {number: number + places for number in found} if is_shift and len(found) >= OF_A_CLASS else {}
 
 
 def _returns(start: int, step: Mapping[int, int]) -> bool:

@@ -27,6 +27,7 @@ from ptee.backbones.load import Backbone, load_backbone
 from ptee.backbones.weights import answering_hash
 from ptee.data.batches import batches, number_of_shared, same_images
 from ptee.data.recorded import recorded
+from ptee.evaluation.class_order import another_order
 from ptee.evaluation.comparison_lines import LINES, WITHOUT_LOGITS, checked_lines, ways
 from ptee.evaluation.comparison_table import COUNTED, Comparison, Entry, Line
 from ptee.evaluation.results import doubted
@@ -133,6 +134,8 @@ def compare(
         cost = _macs(network) / first.plan.macs
         both = zip(parts, pair, strict=True)
         cascade = Pair(*(_cascade(_logits(network, first, part, t, place, **how), t, cost) for part, t in both))
+        answers, known = torch.cat([traces.answers for traces in cascade], dim=1)
+        seen += filter(None, [another_order(name, answers, known, first.num_classes)])
         found += _of_network(name, first.plan.backbone, _with_times(cascade, times, name), allowed)
     return Comparison(
         backbone=first.plan.backbone,

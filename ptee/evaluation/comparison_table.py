@@ -124,7 +124,8 @@ class Comparison(Readable):
         accuracy: of the bare backbone on these; None without labels, and then drops are of fidelity.
         about: where the images came from, in a sentence.
         note: why there is no accuracy though there are labels, or why the accuracy means nothing, in a sentence; else empty.
-        seen: sentences that heads were trained on some of these images, or that some are for both purposes; else empty.
+        seen: sentences that heads were trained on some of these images, that some are for both purposes, or that a smaller network
+            seems to know its classes in another order; else empty.
         unit: what costs are fractions of, in words.
         for_fidelity: names of the runs whose thresholds were chosen for fidelity: what answers as well as they do keeps as much of it.
     """

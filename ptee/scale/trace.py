@@ -17,7 +17,7 @@ from ptee._common.progress import Log, counted
 from ptee._common.text import number_of, spelt
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import recorded_hash, weights_hash
-from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, read_names, recorded_classes
+from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, numbers_of_names, recorded_classes
 from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
 from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source
@@ -171,8 +171,7 @@ def with_classes(
     """The job, knowing the backbone's number of each class name; and how these were found, if the source names its classes."""
     names, found = classes_of_run(model.results, model.num_classes), source.class_names
     if not found:
-        every = names if classes is None else read_names(classes)
-        return replace(job, classes={spelt(name): n for n, name in enumerate(every)} or None), None
+        return replace(job, classes=numbers_of_names(names, model.num_classes, classes) or None), None
     known = None if classes is not None else recorded_classes(found, names, model.num_classes)
     if source.kind == PICTURES:
         labels = choose_class_order(model.origin, _as_data(source, model), classes=classes, recorded=known)

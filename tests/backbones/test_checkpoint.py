@@ -202,6 +202,13 @@ def test_a_pointer_of_git_lfs_is_refused_and_the_command_that_fetches_the_file_n
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_program_of_torch_export_is_refused_and_what_to_save_named(tmp_path):
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "w.pt2")
+    with pytest.raises(BackboneError, match=r"is a program of torch\.export .*torch\.export\.load.*state_dict\.$"):
+        read_checkpoint(tmp_path / "w.pt2")
+
+
 def test_a_program_of_torchscript_is_refused_and_what_to_save_named(tmp_path):
     torch.jit.save(torch.jit.trace(Tiny().eval(), torch.zeros(1, 3, 8, 8)), tmp_path / "w.pt")
     with pytest.raises(BackboneError, match=r"w\.pt is TorchScript, .* save model\.state_dict\(\)\.$"):
@@ -230,6 +237,16 @@ def test_a_folder_is_refused_as_such_and_the_file_in_it_named(files, named, tmp_
         (tmp_path / "w" / name).touch()
     with pytest.raises(BackboneError, match=rf"w is a folder\. Give the file of weights in it: [^,]*{named}\.$"):
         read_checkpoint(tmp_path / "w")
+
+
+@pytest.mark.parametrize("given", ["w", "w/__0_0.distcp"])
+def test_a_distributed_checkpoint_is_refused_and_what_makes_one_file_of_it_named(given, tmp_path):
+    (tmp_path / "w").mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / "w" / name).touch()
+    said = rf"is a distributed checkpoint of torch, in several files\. Make one of them: .* dcp_to_torch {tmp_path}/w FILE\.pth\.$"
+    with pytest.raises(BackboneError, match=said):
+        read_checkpoint(tmp_path / given)
 
 
 @pytest.mark.parametrize("save", [torch.save, save_file], ids=["torch", "safetensors"])

@@ -300,6 +300,16 @@ def test_what_is_in_doubt_is_refused_with_the_names_that_are_there(wrap, said, t
     assert refusal.value.argument in ("weights", "num_classes")
 
 
+@pytest.mark.parametrize("names", [("mean", "std"), ("normalize.mean", "normalize.std"), ("mu", "sigma")])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_mean_and_a_deviation_beside_a_network_are_to_be_given_as_such(names, prefix, tmp_path):
+    state = under(prefix, Tiny().state_dict()) if prefix else Tiny().state_dict()
+    torch.save({**dict.fromkeys(names, torch.ones(3, 1, 1)), **state}, tmp_path / "w.pth")
+    said = r"They normalise images: save the state_dict without them, and give them as mean= and std=\.$"
+    with pytest.raises(BackboneError, match=said):
+        load_weights(fresh(), read_checkpoint(tmp_path / "w.pth"))
+
+
 def test_long_names_and_terminal_codes_are_shown_short_and_harmless(tmp_path):
     torch.save({"\x1b[2Jevil": ONE, "x" * 5000: ONE}, tmp_path / "w.pth")
     with pytest.raises(BackboneError) as refusal:

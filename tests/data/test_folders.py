@@ -160,6 +160,27 @@ def test_masks_beside_the_pictures_of_classes_are_refused(images, masks, classes
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("top", ["", "train/"])
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        ("images/", "annotations/trimaps/"),  # Oxford-IIIT Pet
+        ("images/001.Albatross/", "segmentations/001.Albatross/"),  # CUB-200
+        ("JPEGImages/", "SegmentationClass/"),  # Pascal VOC
+    ],
+)
+def test_a_folder_of_masks_beside_the_folder_of_images_is_no_class(images, masks, top, tmp_path):
+    write_folder(tmp_path, [f"{top}{kind}{n}.png" for kind in (images, masks) for n in range(20)])
+    with pytest.raises(DataError, match=rf"holds {masks.split('/')[0]}/ with pictures that are named after others"):
+        opened(tmp_path)
+
+
+def test_the_classes_of_images_and_of_their_masks_are_no_parts(tmp_path):
+    names = [f"{kind}/{name}/{n}.png" for kind in ("images", "masks") for name in "ab" for n in range(9)]
+    with pytest.raises(DataError, match=r"holds masks/ with pictures that are named after others"):
+        opened(write_folder(tmp_path, names))
+
+
 def test_masks_that_only_some_classes_can_have_are_refused(tmp_path):
     write_folder(tmp_path, ["ill/images/0.png", "ill/masks/0.png", "well/0.png", "well/1.png"])
     with pytest.raises(DataError, match="holds ill/masks/ with pictures"):
@@ -190,6 +211,7 @@ def test_masks_beside_half_of_the_pictures_in_one_folder_are_refused(twin, tmp_p
         ],
         [f"{name}/{n}.png" for name in ("ford/gt", "ford/mustang", "bmw/x") for n in range(5)],
         [*numbered(20), "a/masks/other.png"],
+        [f"{kind}/{kind}{n}.png" for kind in ("images", "labels") for n in range(9)],
     ],
     ids=[
         "pictures of masks below",
@@ -199,6 +221,7 @@ def test_masks_beside_half_of_the_pictures_in_one_folder_are_refused(twin, tmp_p
         "kinds of masks",
         "a car",
         "other names",
+        "classes of these names",
     ],
 )
 def test_pictures_that_only_sound_like_masks_are_read(names, tmp_path):
@@ -323,12 +346,38 @@ def test_a_hidden_link_to_itself_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val.tar.gz", "validation.tgz", "val.zip"])
-def test_a_part_that_is_compressed_beside_tar_files_is_refused(name, tars):
-    (tars / "validation.tar").rename(tars / name)
+def test_a_part_that_is_compressed_is_refused(name, source):
+    val = next(path for path in source.iterdir() if path.name.startswith("val"))
+    val.rename(source / ".away")
+    (source / name).touch()
+    with pytest.raises(DataError, match=rf"{name}' is compressed, beside 'train.*': unpack it once, or move it away"):
+        opened(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["validation-00000-of-00001.parquet", "val.tfrecord", "test.h5", "val_images.npy", "calibration.arrow"]
+)
+def test_a_part_of_a_kind_that_is_not_read_is_refused(name, tmp_path):
+    write_folder(tmp_path / "train", numbered(20))
+    (tmp_path / name).touch()
+    said = rf"{name}' is of a kind that is not read, beside 'train': save its pictures as val/CLASS/\*\.png, or move it away"
     with pytest.raises(
-        DataError, match=rf"{name}' is compressed, beside 'train\.tar': unpack it once, or move it away"
+        DataError, match=said.replace("val/", "calibration/" if name.startswith("cal") else "validation/")
     ):
-        opened(tars)
+        opened(tmp_path)
+
+
+def test_lists_that_sound_like_parts_and_packed_pictures_are_named(folder):
+    for name in ("train.csv", "val.txt", "test.parquet", "more.npz", "readme.md"):
+        (folder / name).touch()
+    assert opened(folder).summary.endswith("not read: more.npz, test.parquet, train.csv, val.txt.")
+
+
+def test_lists_of_parts_beside_classes_are_named(tmp_path):
+    write_folder(tmp_path, numbered(20))
+    for name in ("train.txt", "test.txt", "labels.txt"):
+        (tmp_path / name).touch()
+    assert opened(tmp_path).summary.endswith("not read: test.txt, train.txt.")
 
 
 def test_hidden_classes_in_a_folder_without_parts_are_named(tmp_path):
@@ -339,6 +388,13 @@ def test_hidden_classes_in_a_folder_without_parts_are_named(tmp_path):
 def test_files_without_an_extension_in_class_folders_are_counted(source):
     write_part(source, "train", [*numbered(20), "a/0001", "a/0002", "b/0003"])
     assert opened(source).summary.endswith("not read: 3 files without extension of train.")
+
+
+def test_archives_in_class_folders_are_counted(tmp_path):
+    write_folder(tmp_path, numbered(20))
+    for name in ("a/more.zip", "b/more.zip", "b/0.png.gz", "b/all.parquet", "b/0.xml"):
+        (tmp_path / name).touch()
+    assert opened(tmp_path).summary.endswith("not read: 1 .gz file, 1 .parquet file, 2 .zip files.")
 
 
 def test_linked_folders_are_read_unless_a_link_leads_back(tmp_path):

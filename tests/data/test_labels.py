@@ -105,6 +105,15 @@ def test_a_file_may_write_accents_in_another_way(tmp_path):
     assert map_labels(["cafe\u0301"], 2, classes=tmp_path / "classes.txt").indices == (1,)
 
 
+def test_a_name_that_two_classes_of_the_backbone_share_is_refused_only_if_the_data_have_it(tmp_path):
+    names = ["crane", "owl", "crane", "maillot"]  # as lists of ImageNet's names have it
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    for classes in (names, tmp_path / "classes.txt"):
+        assert map_labels(["maillot", "owl"], 4, classes=classes).indices == (3, 1)
+        with pytest.raises(DataError, match=r"names crane more than once: give .* one name"):
+            map_labels(["crane", "owl"], 4, classes=classes)
+
+
 def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
     run = ["bird", "cat", "dog"]
     with pytest.raises(DataError, match=r"model does not know: kitten\. .* do not have: cat\. .*classes=FILE"):

@@ -14,6 +14,7 @@ import torch
 from images import TRANSFORM, encoded, opened, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from ptee._common.errors import DataError
 from ptee.data.pictures import (
@@ -90,6 +91,18 @@ def saved(path, values, **how) -> File:
 
 
 RAMP = np.linspace(0, 65535, 1024).reshape(32, 32)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_a_picture_in_lab_colours_gives_the_channels_asked_for(c, tmp_path):
+    Image.new("LAB", (8, 8), (255, 128, 128)).save(tmp_path / "x.tif")  # white
+    x = image_transform((c, 8, 8), (0,), (1,))(decode(File(str(tmp_path / "x.tif"), "x.tif")))
+    assert x.shape == (c, 8, 8) and x.min() > 0.99
+
+
+def test_sixteen_bits_of_which_zero_is_white_are_turned_round(tmp_path):
+    file = saved(tmp_path / "x.tif", RAMP.astype(np.uint16), tiffinfo={PHOTOMETRIC_INTERPRETATION: 0})
+    assert np.abs(np.asarray(decode(file)) - (65535 - RAMP) / 257).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])

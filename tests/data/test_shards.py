@@ -47,6 +47,22 @@ def test_a_file_whose_name_is_not_utf8_is_refused(tmp_path):
         find_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "key", "ending"),
+    [
+        (["img.001.png", "img.002.png"], "img", "001.png"),
+        (["cat/a.png", "cat/Dr. Who.JPG"], "cat/Dr", " who.jpg"),
+        (["7.input.png", "7.target.cls"], "7", "input.png"),
+    ],
+    ids=["numbered", "a name", "two kinds"],
+)
+def test_a_picture_that_its_name_hides_is_named_and_not_left_out(names, key, ending, tmp_path):
+    tar(tmp_path / "a.tar", {"0.png": b"one", "0.seg.png": b"a mask"} | dict.fromkeys(names, b"two"))
+    said = rf"a\.tar/{key} has the picture '{ending}', and none called \.png, \.jpg .* for its kind: rename the pictures, without"
+    with pytest.raises(DataError, match=said):
+        read(tmp_path)
+
+
 def test_a_shard_without_labels_gives_the_folder_as_the_name_of_the_class(tmp_path):
     tar(tmp_path / "a.tar", {"cat/1.png": b"one", "2.png": b"two", "note.txt": b"no picture"})
     assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat", True), Sample("a.tar/2", b"two", -1, "")]
@@ -130,17 +146,29 @@ def test_labels_of_a_table_are_numbers_or_names(column, found, tmp_path):
     assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == found
 
 
+def named_table(path: Path, names: list[str], label: int) -> None:
+    feature = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [b"one"], "label": [label]})
+    pa.parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(feature)}), path)
+
+
 def test_numbers_that_hugging_faces_schema_names_are_given_as_names(tmp_path):
-    feature = {"info": {"features": {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
     for label in (1, 2):
-        table = pa.table({"image": [b"one"], "label": [label]})
-        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
-        pa.parquet.write_table(table, tmp_path / "a.parquet")
+        named_table(tmp_path / "a.parquet", ["dog", "cat"], label)
         assert find_source(tmp_path).class_names == ("dog", "cat")
         if label == 1:
             assert [(sample.label, sample.class_name) for sample in read(tmp_path)] == [(-1, "cat")]
     with pytest.raises(DataError, match="has the label 2, and its table names 2 classes"):
         read(tmp_path)
+
+
+def test_tables_that_name_their_numbers_differently_are_refused(tmp_path):
+    for file, names in (("a", ["cat", "dog"]), ("b", ["cat", "dog"]), ("c", ["dog", "cat"])):
+        named_table(tmp_path / f"{file}.parquet", names, 1)
+    with pytest.raises(
+        DataError, match=r"a\.parquet and c\.parquet of .* name the numbers of their classes differently"
+    ):
+        find_source(tmp_path)
 
 
 def test_pictures_and_tables_beside_shards_are_not_read_and_named(tmp_path):

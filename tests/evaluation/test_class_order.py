@@ -64,8 +64,9 @@ def of_answers(answers: list[list[int]]) -> tuple[SimpleNamespace, Data]:
     rows = [(answer, truth) for truth, own in enumerate(answers) for answer in own]
     images = [(torch.full((3, 4, 4), i / 255), truth) for i, (_, truth) in enumerate(rows)]
     module = Oracle([0] * len(rows))
-    module.table = nn.Parameter(torch.eye(len(answers))[[answer for answer, _ in rows]])
-    return SimpleNamespace(module=module, num_classes=len(answers)), Data(images, images[:0], images[:0], (), "own", {})
+    classes = 1 + max(len(answers) - 1, *(answer for answer, _ in rows))
+    module.table = nn.Parameter(torch.eye(classes)[[answer for answer, _ in rows]])
+    return SimpleNamespace(module=module, num_classes=classes), Data(images, images[:0], images[:0], (), "own", {})
 
 
 @pytest.mark.parametrize(
@@ -74,14 +75,31 @@ def of_answers(answers: list[list[int]]) -> tuple[SimpleNamespace, Data]:
         [[0] * 9, [2] * 9 + [1], [1] * 9 + [2], [3] * 9, [4] * 9],
         [[0] * 9, [2] * 4 + [1], [3] * 4, [4] * 4 + [0], [1] * 4],
         [[0] * 60, [2] * 9, [1] * 9],
+        [[0] * 30, [2] * 9, [3] * 9, [4] * 9, [0, 1, 2, 3, 4] * 2],
+        [[0] * 30, [2] * 9, [3] * 9],
+        [[0] * 30, [23] * 12, [48] * 12, [49] * 12],
     ],
-    ids=["two", "a ring of four", "rare ones"],
+    ids=[
+        "two",
+        "a ring of four",
+        "rare ones",
+        "a class replaced by an unknown one",
+        "without a class in the middle",
+        "numbers of their own",
+    ],
 )
 def test_classes_that_are_taken_for_each_other_are_a_doubt_though_the_rest_is_right(answers):
     found = labels_as_given(*of_answers(answers))
-    assert re.search(r"takes most images of some classes for others: 1 for 2, .* in another order\.$", found.doubt)
-    with pytest.raises(DataError, match="1 for 2, "):
+    assert re.search(r"takes most images of some classes for others: 1 for \d+, .* in another order\.$", found.doubt)
+    with pytest.raises(DataError, match="for others: 1 for "):
         found.require_accuracy(Argument("max_drop", "0.01"), Argument("max_fidelity_drop", "0.01"))
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_many_classes_behind_missing_ones_are_a_doubt_though_there_are_few_images_of_each(missing):
+    answers = [[k, k] if k < 36 else [k + missing, k + missing] for k in range(60 - missing)]
+    found = labels_as_given(*of_answers(answers))
+    assert f"for others: 36 for {36 + missing}, 37 for {37 + missing}, " in found.doubt
 
 
 @pytest.mark.parametrize(
@@ -92,8 +110,15 @@ def test_classes_that_are_taken_for_each_other_are_a_doubt_though_the_rest_is_ri
         [[0] * 9, [1] * 9, [3] * 2, [2] * 2],
         [[0] * 60, [2] * 5 + [1] * 3, [1] * 5 + [2] * 3],
         [[1] * 12, [2] * 12, [2] * 9, [3] * 60],
+        [[2] * 12, [2] * 12, [3] * 12, [0, 1, 2] * 4, [4] * 60],
+        [[0] * 24, [1] * 12, [4] * 12, [5] * 12],
+        [[min(k + i, 9) for i in (0, 0, 0, 1, 1, 1, 1)] for k in range(10)],
+        [[(k + 7 * k * k + 1) % 60 if k % 3 else k, k] for k in range(60)],
     ],
-    ids=["half", "all for one", "few images", "by luck", "no ring"],
+    ids=[
+        *("half", "all for one", "few images", "by luck", "no ring", "two for one", "for classes without images"),
+        *("the next of some that have an order", "many classes"),
+    ],
 )
 def test_a_backbone_that_is_often_wrong_is_no_doubt(answers):
     assert not labels_as_given(*of_answers(answers)).doubt
@@ -109,6 +134,19 @@ def test_validation_images_of_which_far_fewer_are_right_than_of_training_images_
     assert not found.doubt
     words = r"right on 30% of 50 validation images .* and on 100% of 50 training images: see"
     assert bool(re.search(words, describe_labels(found))) is said
+
+
+@pytest.mark.parametrize("wrong", ["train", "val"])
+def test_labels_of_one_part_are_doubted_though_the_many_images_of_the_other_are_right(wrong, tmp_path):
+    n = {"train": 30, "val": 30, wrong: 2}
+    for part in ("train", "val"):
+        names = NAMES[5:] + NAMES[:5] if part == wrong else NAMES
+        for k in range(n[part]):
+            write_folder(tmp_path / part, [f"{name}/{k}.png" for name in names])
+    found = choose_class_order(backbone(class_orders(NAMES)["timm"]), opened(tmp_path))
+    part = {"train": "Training", "val": "Validation"}[wrong]
+    assert found.doubt.startswith(f"{part} images alone: The backbone is right on 0.0% of ")
+    assert "Sort the images of all parts into class folders alike" in describe_labels(found)
 
 
 def test_an_ordinary_backbone_of_any_accuracy_and_number_of_classes_is_not_doubted():

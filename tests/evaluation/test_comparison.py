@@ -125,6 +125,21 @@ def test_every_number_of_a_run_is_what_running_it_gives():
             assert answered(made(seed), entry, images(1))[1] == pytest.approx(entry.drop_in_calibration)
 
 
+def test_a_static_network_that_knows_its_classes_in_another_order_is_named():
+    def beside(order: list[int]) -> str:
+        net = copy.deepcopy(network())
+        with torch.no_grad():
+            for values in net[-1].parameters():
+                values.copy_(values[order])
+        return compare({"one": made(1)}, images(1), images(2), static={"twin": net}, **OWN).seen
+
+    used = network().eval()(images(2).tensors[0]).argmax(1).bincount(minlength=K).argsort(descending=True).tolist()
+    order = [*range(K)]
+    order[used[0]], order[used[1]] = used[1], used[0]
+    assert "another order" not in beside([*range(K)])
+    assert re.search(r"^twin .*: it may know its classes in another order\. Give one that knows", beside(order))
+
+
 def test_a_static_network_has_the_drop_and_the_cost_of_running_it_alone():
     (entry,) = line(usual(), "small").entries
     (x, y), net = images(2).tensors, small().eval()

@@ -277,6 +277,26 @@ def test_names_in_shards_get_the_numbers_of_the_run_and_other_names_are_refused(
         labels(("cat", False))
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("background cat dog cow", "names 4 classes, but the backbone has 3: name all of them"),
+        ("cat dog cat", "names cat more than once"),
+    ],
+    ids=["one more", "twice"],
+)
+def test_a_file_of_names_for_shards_names_each_class_of_the_backbone_once(lines, said, tmp_path):
+    (tmp_path / "classes.txt").write_text(lines.replace(" ", "\n"))
+    with pytest.raises(DataError, match=said):
+        with_classes(Job("run"), knowing([0, 1, 2]), Source("", "webdataset", (), ()), tmp_path / "classes.txt")
+
+
+def test_a_name_that_a_run_recorded_for_two_classes_is_no_label(tmp_path):
+    model = knowing([0, 1, 2], ["crane", "owl", "crane"])
+    job, _ = with_classes(Job("run"), model, Source("", "webdataset", (), ()), None)
+    assert job.classes == {"owl": 1}
+
+
 @pytest.mark.parametrize("recorded", [["cat", "dog", "cow"], ["a", "b", "c"]], ids=["the same names", "other names"])
 def test_numbers_with_names_become_those_of_the_run_unless_it_has_other_names(recorded):
     source = Source("", "parquet", (), (), ("dog", "cow", "cat"))
