@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import unicodedata
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -286,50 +285,48 @@ def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, re
 
 
 def _exchanged(found: LabelMap, answers: Tensor, labels: Tensor) -> str:
-    """Which classes the backbone takes for which others, if it does so with most images of some, in a ring or in a chain; else empty.
+    """Which classes the backbone takes for which others, if others fit most images of some far better, one to one; else empty.
 
-    In a ring, a for b, b for c and c for a, they have another order. In a chain that ends in a class of which no image is known as
-    such, a for b and b for c, one class is missing, so that the next ones were given lower numbers. Where most classes are taken for
-    such a one, they have numbers of their own.
+    In a ring, a for b, b for c and c for a, classes have another order. In a chain that ends in a class without images, a for b and
+    b for c, one class is missing, so that the next ones were given lower numbers. Where most classes are taken for others, they have
+    numbers of their own.
 
     No backbone that knows its classes does so, however often it is wrong. A few images can show it by luck, and of classes that
     a backbone cannot tell apart some do: over all of these together, those in the wrong class must be many times those in the right
-    one, and more by several standard deviations.
+    one, and more by several standard deviations; without a ring, they must be most of its mistakes, too.
     """
     truth = torch.tensor([found(label) for label in labels.tolist()], device="cpu")
-    answered = {number: answers[truth == number] for number in truth.unique().tolist()}
-    taken_for = {}
-    for number, own in answered.items():
-        most = int(own.mode().values)
-        if len(own) >= OF_A_CLASS and 2 * int((own == most).sum()) > len(own) and most != number:
-            taken_for[number] = most
-    rings = {one: other for one, other in taken_for.items() if _returns(one, taken_for)}
-    moves = rings | _chains(taken_for, answered) or _shift(answers, truth)
-    moved = sum(int((answered[one] == other).sum()) for one, other in moves.items())
-    right = sum(int((answered[one] == one).sum()) for one in moves)
-    if moved <= CLEAR * right or moved - right <= SURE * (moved + right) ** 0.5:
-        return ""
-    name = found.classes or range(int(answers.max()) + 1)
-    return some([f"{name[one]} for {name[other]}" for one, other in moves.items()])
+    for moves in (_better(answers, truth), _shift(answers, truth)):
+        moved = sum(int((answers[truth == one] == other).sum()) for one, other in moves.items())
+        right = sum(int((answers[truth == one] == one).sum()) for one in {*moves, *moves.values()})
+        is_most = 2 * moved > int((answers != truth).sum()) or any(_returns(one, moves) for one in moves)
+        if is_most and moved > CLEAR * right and moved - right > SURE * (moved + right) ** 0.5:
+            name = found.classes or range(1 + max(*moves, *moves.values()))
+            return some([f"{name[one]} for {name[other]}" for one, other in moves.items()])
+    return ""
 
 
-def _chains(taken_for: Mapping[int, int], answered: Mapping[int, Tensor]) -> dict[int, int]:
-    """The steps of which one leads to the next, each to a class that no other is taken for and of which no image is known as such.
+def _better(answers: Tensor, truth: Tensor) -> dict[int, int]:
+    """The classes that others fit better, one to one, so that the most answers are right in all; those with most images of a class.
 
-    All such steps, if most classes are taken for another one: these have numbers of their own. None if most mistakes are others.
+    A single class that is taken for one without images says nothing, unless these are most of the classes.
     """
-    times = Counter(taken_for.values())
+    from scipy.optimize import linear_sum_assignment
 
-    def is_free(one: int, other: int) -> bool:
-        known = int((answered[other] == other).sum()) if other in answered else 0
-        return times[other] == 1 and (other in taken_for or CLEAR * known <= int((answered[one] == other).sum()))
-
-    steps = {one: other for one, other in taken_for.items() if is_free(one, other)}
-    linked = {one: other for one, other in steps.items() if other in steps or one in steps.values()}
-    found = steps if 2 * len(steps) > len(answered) else linked
-    moved = sum(int((answered[one] == other).sum()) for one, other in found.items())
-    wrong = sum(int((own != number).sum()) for number, own in answered.items())
-    return found if 2 * moved > wrong else {}
+    numbers, row = truth.unique(return_inverse=True)
+    counts = torch.zeros((len(numbers), 1 + int(max(answers.max(), truth.max()))), dtype=torch.float64, device="cpu")
+    counts.index_put_((row, answers), counts.new_ones(()), accumulate=True)
+    enough = counts.sum(1) >= OF_A_CLASS
+    fits = counts * enough[:, None]
+    fits[torch.arange(len(numbers), device="cpu"), numbers] += 0.5  # where both fit alike, a class stays what it is
+    better = {
+        int(numbers[at]): int(other)
+        for at, other in zip(*linear_sum_assignment(fits, maximize=True), strict=True)
+        if enough[at] and 2 * counts[at, other] > counts[at].sum() and other != numbers[at]
+    }
+    if 2 * len(better) > len(numbers):
+        return better
+    return {one: other for one, other in better.items() if other in better or one in better.values()}
 
 
 def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
@@ -342,10 +339,9 @@ def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
     places = int(wrong.mode().values)
     shifted = away == places
     times, known = (truth[rows].bincount(minlength=int(truth.max()) + 1).tolist() for rows in (shifted, away == 0))
+    # The neighbours with the most such mistakes, where an image that is known counts against CLEAR of them.
     best, start, total = (0, 0, 0), 0, 0
-    for number, n in enumerate(
-        times
-    ):  # the neighbours with the most such mistakes, each image that is known against CLEAR
+    for number, n in enumerate(times):
         total += n - CLEAR * known[number]
         if total <= 0:
             start, total = number + 1, 0

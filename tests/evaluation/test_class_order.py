@@ -102,6 +102,11 @@ def test_many_classes_behind_missing_ones_are_a_doubt_though_there_are_few_image
     assert f"for others: 36 for {36 + missing}, 37 for {37 + missing}, " in found.doubt
 
 
+def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
+    found = labels_as_given(*of_answers([[0] * 12, [1] * 12, [], [2] * 12, [3] * 12]))
+    assert "for others: 3 for 2, 4 for 3." in found.doubt
+
+
 @pytest.mark.parametrize(
     "answers",
     [
