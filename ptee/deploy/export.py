@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of, shown, type_name
 from ptee._common.validation import checked, is_name
-from ptee._common.writing import cannot_write, free_place, is_left_over, replace_files, write_json, write_text
+from ptee._common.writing import cannot_write, fill_place, free_place, is_left_over, write_json, write_text
 from ptee.analysis.freezing import one_parameter
 from ptee.backbones.library import per_channel, require_interpolation, require_pixels
 from ptee.backbones.load import Backbone
@@ -149,11 +148,14 @@ def _prepared_by(
 
 
 def publish(made: Path, target: Path) -> None:
-    """Copy all files of a folder to where they are wanted, or none."""
-    names = sorted(file.name for file in made.iterdir() if not is_left_over(file.name))
-    copies = {name: partial(shutil.copyfile, made / name) for name in names}
-    copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
-    replace_files(target, copies)
+    """Copy all files of a folder to a `free_place`, or none: another process may have written there meanwhile."""
+
+    def copy(new: Path) -> None:
+        for file in made.iterdir():
+            if not is_left_over(file.name):
+                shutil.copyfile(file, new / file.name)
+
+    fill_place(target, copy)
 
 
 def sign(folder: Path, values: dict[str, Any]) -> None:

@@ -394,7 +394,7 @@ def test_ray_names_a_damaged_shard(a_run, tmp_path):
     for damaged in (b"\1" * 20000, whole[: len(whole) // 1024 * 512]):
         (tmp_path / "a.tar").write_bytes(damaged)
         with pytest.raises(DataError, match=r"a\.tar cannot be read to its end"):
-            ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", engine="ray")
+            ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", engine="ray", overwrite=True)
 
 
 @pytest.mark.slow
