@@ -21,7 +21,7 @@ from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from ptee._common.errors import Argument, DataError, first_line, some
-from ptee._common.files import as_path, from_json, packed_by, require_utf8
+from ptee._common.files import as_path, from_json, is_folder, packed_by, require_utf8
 from ptee._common.listing import EXTENSIONS, TarHeader, files_below, refuse_second_archive, require_usable
 from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
@@ -176,6 +176,17 @@ def _made(top: Path, kind: str, files: Sequence[str], **more: tuple[str, ...]) -
             raise DataError(f"{path} is {NOT_A_FILE}: remove it.")
         sizes.append(about.st_size)
     return Source(str(top.resolve()), kind, tuple(files), tuple(sizes), **more)
+
+
+def require_apart(folder: Path, data: str | Path, source: Source) -> None:
+    """Refuse to write tables into the folder of a source in which they would be read, too: the same call could not go on."""
+    if (
+        source.kind != TAR
+        and is_folder(top := as_path(data, "data"))
+        and folder.resolve().is_relative_to(top.resolve())
+    ):
+        text = f"{folder} lies in {data}, where what is written would be read with the images. Give another folder: "
+        raise DataError(text, Argument("out", "FOLDER"), ".", argument="out", value=folder)
 
 
 def class_of(name: str) -> str:
