@@ -187,6 +187,20 @@ def not_listed(why: OSError) -> DataError:
     )
 
 
+class TarHeader(tarfile.TarInfo):
+    """A header of a tar file. tarfile takes a damaged one, or the end of the file, for the end of the archive, which is a block of zeros."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        """Called by tarfile."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as why:
+            raise tarfile.ReadError(f"no member and no end at byte {tar.offset:,}") from why
+
+
 def tar_members(
     path: Path, stream: BinaryIO, above: tuple[str, ...] = (), start: int = 0
 ) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, int]]:
@@ -195,14 +209,11 @@ def tar_members(
     `stream` is the file, or a tar file inside it with the names `above` around it, which begins at `start`. A damaged one raises
     tarfile.TarError.
     """
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=TarHeader) as tar:
         # the last of a name
         members = {tuple(part for part in m.name.split("/") if part not in ("", ".")): m for m in tar}
-        stream.seek(tar.offset)
-        # tarfile takes a damaged header, or the end of the file, for the end of the archive, which is a block of zeros
-        if stream.read(TAR_BLOCK_BYTES) != bytes(TAR_BLOCK_BYTES):
-            raise tarfile.ReadError(f"no member and no end at byte {start + tar.offset:,}")
-        _refuse_second_archive(path, stream)
+        stream.seek(tar.offset + TAR_BLOCK_BYTES)
+        refuse_second_archive(path, stream)
         for names, member in members.items():
             offset = start + member.offset_data
             if not names or any(map(is_hidden, names)):
@@ -214,7 +225,7 @@ def tar_members(
                 yield (*above, *names), member, offset
 
 
-def _refuse_second_archive(path: Path, stream: BinaryIO) -> None:
+def refuse_second_archive(path: Path, stream: Any) -> None:
     """Refuse what `cat a.tar b.tar` makes: all programs read the first alone. `stream` stands behind the first block of its end."""
     rest = stream.read(READ_BYTES)
     while rest and rest == bytes(len(rest)):  # any number of zeros may lie between

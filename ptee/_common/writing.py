@@ -123,27 +123,38 @@ def is_free(target: Path) -> bool:
     return not target.exists() or (target.is_dir() and all(is_left_over(path.name) for path in target.iterdir()))
 
 
+@contextmanager
+def working_in(place: Path) -> Iterator[Path]:
+    """A folder inside of a `free_place` to work in, which is gone afterwards.
+
+    What a killed process leaves there is cleared by the next `free_place`. In a folder for temporary files it would stay.
+    """
+    was_there = place.exists()
+    try:
+        with locked(place), writing_in(place) as beside:
+            yield beside
+    except OSError as why:
+        if why.errno is None:
+            raise
+        raise cannot_write(place, str(why.strerror), ANOTHER_FOLDER) from why
+    finally:
+        if not was_there:
+            with suppress(OSError):
+                place.rmdir()  # if nothing was written
+
+
 def fill_place(folder: Path, write_to: Callable[[Path], Any]) -> None:
     """Fill a `free_place` with files and folders, all or none: they are written inside of it, and then renamed.
 
     If the process is killed meanwhile, the next `free_place` clears what it left, or makes the rest new. `write_to` writes all into the folder that it is given.
     """
-    was_there = folder.exists()
-    try:
-        with locked(folder):
-            with writing_in(folder) as beside:
-                new = Path(beside, "new")
-                new.mkdir()
-                write_to(new)
-                _require_free(folder)
-                new.replace(folder / RENAMING)
-            _rename_the_rest(folder, ANOTHER_FOLDER)
-    except OSError as why:
-        raise cannot_write(folder, str(why.strerror), ANOTHER_FOLDER) from why
-    finally:
-        if not was_there:
-            with suppress(OSError):
-                folder.rmdir()  # if nothing was written
+    with working_in(folder) as beside:
+        new = Path(beside, "new")
+        new.mkdir()
+        write_to(new)
+        _require_free(folder)
+        new.replace(folder / RENAMING)
+        _rename_the_rest(folder, ANOTHER_FOLDER)
 
 
 @contextmanager
@@ -203,7 +214,7 @@ def _swap(folder: Path, new: Path, kept: Path, names: Sequence[str]) -> None:
     """Rename the new files over the old ones; on failure put the old ones back."""
     kept.mkdir()
     for name in names:
-        _keep(folder / name, kept / name)
+        link_or_copy(folder / name, kept / name)
     renaming = folder / RENAMING
     try:
         new.replace(renaming)  # from here on the new files are in force, until they are no longer there
@@ -226,7 +237,7 @@ def _put_back(folder: Path, renaming: Path, kept: Path, names: Sequence[str]) ->
             (kept / name).replace(folder / name)
 
 
-def _keep(path: Path, copy: Path) -> None:
+def link_or_copy(path: Path, copy: Path) -> None:
     """A hard link to a file, or a copy of it where the disk has no hard links."""
     if not path.is_file():
         return

@@ -37,6 +37,7 @@ EXAMPLES = {  # of all commands that do not run without a word more
 }
 WITHOUT_IMAGES = ("plan", "advise")  # these write nothing, either
 MEASURING = ("plan", "advise", "evaluate", "compare", "bench")  # commands that print what they found
+KEPT = {"--save", "--csv", "--html"}  # options by which these write
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,7 +110,7 @@ def _interrupted(words: list[str]) -> str:
     name = words[0] if words else ""
     if name in GOING_ON and "--overwrite" not in words:
         return "Interrupted. The same command goes on."
-    if name in MEASURING and "--save" not in words:
+    if name in MEASURING and KEPT.isdisjoint(word.partition("=")[0] for word in words):
         return "Interrupted: what was measured is lost, and no file was changed. The same command begins again."
     if name == "export":
         return "Interrupted: nothing was written. The same command begins again."

@@ -307,12 +307,23 @@ def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limi
         else:
             _require_alike(folder, old, found)
             found = old
+            found.parts = [part for part in old.parts if _is_whole(folder, part)]  # the others are made again
     elif others := [path.name for path in folder.iterdir() if not is_left_over(path.name)]:
         raise DataError(f"{folder} holds something else ({others[0]}). Give a new folder: ", OUT, ".")
     found.max_unreadable = min(1.0, limit)
     _require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
     write_json(folder / MANIFEST, found.model_dump(mode="json"))
     return found
+
+
+def _is_whole(folder: Path, part: Part) -> bool:
+    """Whether a part is as it was written."""
+    try:
+        for file in part.files:
+            _require_same(folder / part.name / file.name, file)
+    except DataError:
+        return False
+    return True
 
 
 def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:

@@ -61,17 +61,21 @@ def eight_bits(image: Image) -> Image:
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not sixteen and image.mode not in ("I", "F"):
         return image
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
+    least, most = float(values.min()), float(values.max())
     white = SIXTEEN_BITS if sixteen else 1
-    if (image.mode == "I" and not sixteen) or not (values.min() >= 0 and values.max() <= white):
+    if (image.mode == "I" and not sixteen) or not (least >= 0 and most <= white):
         kind = "32-bit integers" if image.mode == "I" else "floats"
         raise DataError(
-            f"it holds {kind} from {values.min():g} to {values.max():g}, and ptee reads 8-bit and 16-bit values and floats from "
+            f"it holds {kind} from {least:g} to {most:g}, and ptee reads 8-bit and 16-bit values and floats from "
             "0 to 1. Save it with 8 bits."
         )
-    if sixteen and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns 8 bits round, not 16
-        values = white - values
-    return Image.fromarray((values * (255 / white)).round().astype("uint8"))
+    # Pillow turns 8 bits round, not 16.
+    is_turned = sixteen and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    made = np.empty(values.shape, dtype=np.uint8)
+    for row, given in zip(made, values, strict=True):  # one after another: all of them as float64 are the eightfold
+        row[:] = (given.astype(np.float64) * (255 / white)).round()
+    return Image.fromarray(255 - made if is_turned else made)
 
 
 def resized_sides(size: tuple[int, int], input_size: Sequence[int]) -> tuple[int, int]:

@@ -6,25 +6,28 @@ unpickled here.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from ptee._common.errors import Argument, DataError, first_line, some
-from ptee._common.files import as_path, from_json, require_utf8
-from ptee._common.listing import EXTENSIONS, files_below, require_usable
+from ptee._common.files import as_path, from_json, is_folder, packed_by, require_utf8
+from ptee._common.listing import EXTENSIONS, TarHeader, files_below, refuse_second_archive, require_usable
 from ptee._common.text import shown
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import list_files
 from ptee.data.parts import arrow
-from ptee.data.pictures import NOT_A_FILE
+from ptee.data.pictures import LARGEST_PICTURE, NOT_A_FILE
 from ptee.data.splits import parts_of
 
 TAR, PARQUET, PICTURES = "webdataset", "parquet", "pictures"
@@ -32,6 +35,7 @@ ENDINGS = {TAR: (".tar",), PARQUET: (".parquet",), PICTURES: EXTENSIONS}
 WORDS = {TAR: "shard", PARQUET: "table", PICTURES: "picture"}
 PART_BYTES = 64 * 2**20  # of a part's files, at least
 PARTS = 16  # at most, unless the files are few
+UNPACK = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}  # shards that were compressed
 CLS, JSON, TEXT = LABEL_FILES = ("cls", "json", "txt")  # endings of what may hold a label in a shard
 KEYS = ("key", "__key__", "id", "path", "file_name")  # columns that name an image
 LABELS = ("label", "cls", "class", "fine_label")
@@ -88,7 +92,12 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """What identifies it, JSON-able: names and sizes of its files, wherever they lie."""
         names = "".join(f"{file}\t{size}\n" for file, size in zip(self.files, self.sizes, strict=True))
-        return {"kind": self.kind, "files": len(self.files), "bytes": sum(self.sizes), "crc32": crc32(names.encode())}
+        return {
+            "kind": self.kind,
+            "files": len(self.files),
+            "bytes": sum(self.sizes),
+            "crc32": zlib.crc32(names.encode()),
+        }
 
     def count(self) -> int:
         """About how many samples it holds: of shards the first is counted, and the others are taken to be like it."""
@@ -169,6 +178,17 @@ def _made(top: Path, kind: str, files: Sequence[str], **more: tuple[str, ...]) -
     return Source(str(top.resolve()), kind, tuple(files), tuple(sizes), **more)
 
 
+def require_apart(folder: Path, data: str | Path, source: Source) -> None:
+    """Refuse to write tables into the folder of a source in which they would be read, too: the same call could not go on."""
+    if (
+        source.kind != TAR
+        and is_folder(top := as_path(data, "data"))
+        and folder.resolve().is_relative_to(top.resolve())
+    ):
+        text = f"{folder} lies in {data}, where what is written would be read with the images. Give another folder: "
+        raise DataError(text, Argument("out", "FOLDER"), ".", argument="out", value=folder)
+
+
 def class_of(name: str) -> str:
     """The class of CLASS/picture.jpg, also of CLASS/MORE/picture.jpg; empty without a folder."""
     return name.partition("/")[0] if "/" in name else ""
@@ -191,7 +211,7 @@ def samples(source: Source, files: Sequence[str]) -> Iterator[Sample]:
             yield from read(Path(source.place, file), file)
         except DataError:
             raise
-        except (OSError, tarfile.TarError, EOFError, ValueError, KeyError) as why:
+        except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, KeyError) as why:
             raise unreadable_file(Path(source.place, file), why) from why
 
 
@@ -210,23 +230,46 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
     """Members of one key stand one after another, as webdataset wants them."""
     found: dict[str, bytes] = {}
     before = ""
-    with tarfile.open(path, "r|*") as tar:
+    for tar, member in _members(path):
+        key, ending = _split(member.name)
+        if not member.isreg() or not key:
+            continue
+        if found and key != before:
+            yield from of_members(f"{name}/{before}", found)
+            found = {}
+        before = key
+        if ending.lower() in LABEL_FILES or is_picture(ending):
+            content = tar.extractfile(member)
+            assert content is not None
+            found[ending.lower()] = content.read()
+        elif is_picture(_last(ending)):
+            found[ending.lower()] = b""  # it is only named
+    yield from of_members(f"{name}/{before}", found)
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The members of a shard up to its end, each with the open shard. What tarfile would take for the end of a damaged one is an error."""
+    unpack: Any = UNPACK.get(packed := packed_by(path), open)
+    with (
+        unpack(path, "rb") as stream,
+        tarfile.open(fileobj=stream, mode="r|" if packed else "r:", tarinfo=TarHeader) as tar,
+    ):
         for member in tar:
             tar.members = []  # type: ignore[attr-defined] # or it would keep all that it has read
-            key, ending = _split(member.name)
-            if not member.isreg() or not key:
-                continue
-            if found and key != before:
-                yield from of_members(f"{name}/{before}", found)
-                found = {}
-            before = key
-            if ending.lower() in LABEL_FILES or is_picture(ending):
-                content = tar.extractfile(member)
-                assert content is not None
-                found[ending.lower()] = content.read()
-            elif is_picture(_last(ending)):
-                found[ending.lower()] = b""  # it is only named
-    yield from of_members(f"{name}/{before}", found)
+            if member.issparse() or member.size > LARGEST_PICTURE:
+                size = f"would take {member.size:,} bytes of memory, and {LARGEST_PICTURE:,} are read at most"
+                raise DataError(f"{path}: its member {shown(member.name)} {size}. Remove it.")
+            yield tar, member
+        refuse_second_archive(path, tar.fileobj)  # which reads on, so that checksums of a packed one are compared
+
+
+def require_whole_shard(path: Path) -> None:
+    """Refuse a shard of which a reader of tar files would pass over a part, because it is damaged, cut off, or several in one."""
+    try:
+        for _ in _members(path):
+            pass
+    except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as why:
+        raise unreadable_file(path, why) from why
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -356,7 +399,7 @@ def of_row(file: str, image: Any, label: Any, key: Any, class_names: Sequence[st
     content = image.get("bytes") if isinstance(image, Mapping) else image
     named = key or (isinstance(image, Mapping) and image.get("path")) or ""
     content = content if isinstance(content, bytes) else b""
-    place = f"{file}/{named or f'{crc32(content):08x}'}"
+    place = f"{file}/{named or f'{zlib.crc32(content):08x}'}"
     number, class_name = read_label(place, label)
     if class_names and number >= 0:
         if number >= len(class_names):

@@ -6,11 +6,8 @@ import importlib.util
 import io
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,16 @@ from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, own
 from ptee._common.progress import with_bar
 from ptee._common.text import number_of, shown, type_name
 from ptee._common.validation import checked, is_name
-from ptee._common.writing import cannot_write, free_place, is_left_over, replace_files, write_json, write_text
+from ptee._common.writing import (
+    cannot_write,
+    fill_place,
+    free_place,
+    is_left_over,
+    link_or_copy,
+    working_in,
+    write_json,
+    write_text,
+)
 from ptee.analysis.freezing import one_parameter
 from ptee.backbones.library import per_channel, require_interpolation, require_pixels
 from ptee.backbones.load import Backbone
@@ -117,10 +123,9 @@ def export(
     warn_of_changes(model.origin)
     target = free_place(folder)
     # An autocast around the call is no part of the model.
-    with torch.autocast("cpu", enabled=False), tempfile.TemporaryDirectory() as beside:
+    with torch.autocast("cpu", enabled=False), working_in(target) as made:
         pieces = segments(model, keep_logits=model.rule.reads_earlier)
         check_segments(model, pieces, BATCHES)
-        made = Path(beside)
         _write(model, origin, pieces, made, format, names)
         _require_same(model, made)
         publish(made, target)
@@ -149,11 +154,14 @@ def _prepared_by(
 
 
 def publish(made: Path, target: Path) -> None:
-    """Copy all files of a folder to where they are wanted, or none."""
-    names = sorted(file.name for file in made.iterdir() if not is_left_over(file.name))
-    copies = {name: partial(shutil.copyfile, made / name) for name in names}
-    copies[MANIFEST] = copies.pop(MANIFEST)  # the last: without it a folder holds no exported model
-    replace_files(target, copies)
+    """Put all files of a folder into a `free_place`, or none: another process may have written there meanwhile."""
+
+    def hand_on(new: Path) -> None:
+        for file in made.iterdir():
+            if not is_left_over(file.name):
+                link_or_copy(file, new / file.name)
+
+    fill_place(target, hand_on)
 
 
 def sign(folder: Path, values: dict[str, Any]) -> None:
@@ -184,7 +192,7 @@ def _write(
             _save(program, file, format)
         except Exception as why:  # whatever the exporter raises
             if isinstance(why, OSError) and why.errno:
-                raise cannot_write(file, str(why.strerror), "Set TMPDIR to another folder.") from why
+                raise cannot_write(folder.parent / file.name, str(why.strerror)) from why
             assert isinstance(piece.module, fx.GraphModule)
             raise not_written(model.plan.backbone, format, why, piece.module.graph.nodes) from why
         with torch.no_grad():

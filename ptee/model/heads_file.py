@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ptee._common.files import from_json
 
 LARGEST_HEADER_BYTES = 4 * 2**20
+TIMES_IN_CHECKPOINT = 4  # as many tensors: the heads, the best ones, and for each two numbers of its optimizer
 CHUNK_BYTES = 2**20
 TYPES = {  # the format's names of types, and torch's
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
@@ -52,20 +53,20 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """What was written beside the tensors of a file; empty if there is nothing. Raises as `read_header`."""
-    header, _ = _header(path)
+    """What was written beside the tensors of a checkpoint; empty if there is nothing. Raises as `read_header`."""
+    header, _ = _header(path, TIMES_IN_CHECKPOINT * LARGEST_HEADER_BYTES)
     notes = header.get("__metadata__") if isinstance(header, dict) else None
     return notes if isinstance(notes, dict) else {}
 
 
-def _header(path: Path) -> tuple[Any, int]:
+def _header(path: Path, largest: int = LARGEST_HEADER_BYTES) -> tuple[Any, int]:
     """The header of a file, and its length in bytes."""
     with path.open("rb") as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if size < 8 + length:
             raise ValueError("it ends within its header")
-        if length > LARGEST_HEADER_BYTES:
-            raise ValueError(f"its header is longer than {LARGEST_HEADER_BYTES:,} bytes")
+        if length > largest:
+            raise ValueError(f"its header is longer than {largest:,} bytes")
         return from_json(file.read(length).decode("utf-8")), length
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import DataError, PteeError, first_line
 from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
 from ptee._common.text import Readable, number_of, or_dash, percent, table
-from ptee._common.writing import free_place
+from ptee._common.writing import free_place, working_in, writing_in
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.pictures import all_broken_named
 from ptee.deploy.export import ONNX, export, publish, require_libraries, sign
@@ -105,8 +104,8 @@ def export_int8(run: str, out: Path, calibrate: str, *, weights: Path | None) ->
             f"{calibrate} has {number_of(len(images), 'image')} for this. Give 2 or more, better 1,000.",
             argument="calibrate",
         )
-    with tempfile.TemporaryDirectory() as beside:
-        whole, made = export(opened.model, Path(beside) / FLOAT, format=ONNX), Path(beside) / INT8
+    with working_in(target) as beside:
+        whole, made = export(opened.model, beside / FLOAT, format=ONNX), beside / INT8
         quantise(whole, made, images[:few].numpy())
         found, leaving = compared({FLOAT: whole, INT8: made}, images[few:], labels[few:])
         int8 = Int8(calibrated_on=few, compared_on=len(images) - few, measured=found)
@@ -181,8 +180,8 @@ def _quantise(source: Path, target: Path, parts: Sequence[dict[str, np.ndarray]]
         def get_next(self) -> Any:
             return next(self.left, None)
 
-    with tempfile.TemporaryDirectory() as beside, no_warnings, no_logs, no_stdout, no_stderr:
-        prepared = Path(beside) / "prepared.onnx"
+    with writing_in(target.parent) as beside, no_warnings, no_logs, no_stdout, no_stderr:
+        prepared = beside / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,

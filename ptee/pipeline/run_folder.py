@@ -39,14 +39,16 @@ def sole_writer(out: Path | None, *, overwrite: bool, resume: bool) -> Iterator[
     if out is None or not is_main_process():
         yield
         return
+    was_there = out.exists()
     try:
         with locked(out, wait=0, instead=("give another folder with ", OUT)):
             new_folder(out, overwrite=overwrite, resume=resume)
             clear_unfinished(out)
             yield
     finally:
-        with suppress(OSError):
-            out.rmdir()  # if nothing was written
+        if not was_there:
+            with suppress(OSError):
+                out.rmdir()  # if nothing was written
 
 
 def is_main_process() -> bool:

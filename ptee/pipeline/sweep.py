@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from ptee.tuning.tune import is_missed
 FIGURES = ("cost", "accuracy", "fidelity")  # of each run
 FIGURE = "sweep.html"
 MOST_RUNS = 1000
+LARGEST_TABLE = 4 * 2**20  # bytes
 OF_ALL = (*FIGURES, "backbone's accuracy")  # the last columns of a table
 OpenData = Callable[[int], tuple[Data, LabelMap]]  # gives the images for a seed
 
@@ -252,8 +254,12 @@ def read_sweep(folder: Path) -> Sweep:
         RunError: if there is no complete table.
     """
     try:
+        if (size := (folder / SWEEP_TABLE).stat().st_size) > LARGEST_TABLE:
+            raise ValueError(f"it has {size:,} bytes, and no table has more than {LARGEST_TABLE:,}")
         with (folder / SWEEP_TABLE).open(encoding="utf-8", newline="") as file:
             title, *lines = csv.reader(file)
+        if len(lines) > MOST_RUNS or len(set(title)) < len(title):
+            raise ValueError(f"it has a column twice, or more than {MOST_RUNS:,} runs")
         first, *names = title[: -len(OF_ALL)]  # a table of single runs has no settings
         if first != "run" or tuple(title[-len(OF_ALL) :]) != OF_ALL:
             raise ValueError("its columns are not those of a sweep.")
@@ -271,6 +277,8 @@ def _read_row(names: Sequence[str], line: Sequence[str]) -> SweepRow:
     name, *cells = line
     settings = {key: _number_or_text(cell) for key, cell in zip(names, cells[: len(names)], strict=True)}
     numbers = [None if cell == "-" else float(cell) for cell in cells[len(names) :]]
+    if not all(number is None or 0 <= number < math.inf for number in numbers):
+        raise ValueError("a figure of a run is no number from 0 on")
     return SweepRow(name, settings, dict(zip((*FIGURES, "backbone"), numbers, strict=True)))
 
 

@@ -14,7 +14,7 @@ from ptee._common.errors import Argument, DataError
 from ptee._common.files import as_path
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.parts import parts_writer
-from ptee.data.shards import Source, find_source, samples
+from ptee.data.shards import Source, find_source, require_apart, samples
 from ptee.evaluation.class_order import labels_as_recorded
 from ptee.scale.trace import MAX_UNREADABLE, class_order, engine_of, fill, tell_labels, with_classes
 from ptee.scale.worker import Job, Worker, open_model
@@ -57,6 +57,7 @@ def cache(
     """
     make = engine_of(engine, workers)
     folder, source = as_path(out, "out"), find_source(data)
+    require_apart(folder, data, source)
     job = Job(str(as_path(run, "run")), "cache", None if weights is None else str(weights), device, batch_size)
     model = open_model(job)
     job, labels = with_classes(job, model, source, classes)

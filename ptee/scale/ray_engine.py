@@ -34,6 +34,7 @@ from ptee.data.shards import (
     columns_of,
     of_members,
     of_row,
+    require_whole_shard,
     unreadable_file,
 )
 from ptee.scale.worker import Job, Worker
@@ -113,6 +114,8 @@ def make_parts(
 def _make(ray: Any, source: Source, files: Sequence[str], job: Job, folder: Path, workers: int, gpus: int) -> None:
     paths = [str(Path(source.place, file)) for file in files]
     try:
+        if source.kind == TAR:  # Ray's reader would take a damaged header for the end
+            ray.get([ray.remote(require_whole_shard).remote(Path(path)) for path in paths])
         data = READERS[source.kind](ray.data, paths)
         data.map_batches(
             Actor,

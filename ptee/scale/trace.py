@@ -20,7 +20,7 @@ from ptee.backbones.weights import recorded_hash, weights_hash
 from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, numbers_of_names, recorded_classes
 from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
-from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source
+from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source, require_apart
 from ptee.data.splits import Data
 from ptee.evaluation.class_order import choose_class_order, labels_as_recorded
 from ptee.model.early_exit import EarlyExitModel
@@ -82,6 +82,7 @@ def record(
     """
     make = engine_of(engine, workers)
     folder, source = as_path(out, "out"), find_source(data)
+    require_apart(folder, data, source)
     job = Job(str(as_path(run, "run")), "traces", None if weights is None else str(weights), device, batch_size, logits)
     model = open_model(job)
     job, labels = with_classes(job, model, source, classes)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import PteeError
-from ptee._common.writing import fill_place, free_place, write_json, write_text
+from ptee._common.writing import fill_place, free_place, working_in, write_json, write_text
 from ptee.deploy.export import ONNX, export
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
 from ptee.model.early_exit import EarlyExitModel
@@ -40,8 +39,8 @@ def export_triton(model: EarlyExitModel, folder: str | Path) -> Path:
         RunError: if the folder cannot be written.
     """
     target = free_place(folder)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        onnx = export(model, Path(elsewhere) / "onnx", format=ONNX)
+    with working_in(target) as beside:
+        onnx = export(model, beside / "onnx", format=ONNX)
         fill_place(target, partial(_write, onnx, read_manifest(onnx)))
     return target
 

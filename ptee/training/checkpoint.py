@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptee._common.errors import RunError
+from ptee._common.errors import RunError, first_line
 from ptee._common.files import from_json, plain
 from ptee._common.writing import replace_files, writer_of
 from ptee.backbones.weights import recorded_hash, storable, weights_hash
 from ptee.exits.front import FrontHead
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.heads_file import read_notes
 from ptee.training.config import TOGETHER, TrainingConfig, of_another_training, other_settings
 from ptee.training.history import Epoch
 from ptee.training.training_data import content_hash, same_samples
@@ -121,15 +122,17 @@ def read(path: Path, training: dict[str, Any], learnt: Mapping[str, Tensor]) -> 
     from safetensors import SafetensorError, safe_open
 
     try:
+        about = read_notes(path)
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         written = dict(from_json(about["training"]))
         if about["sha256"] != _content_hash(tensors, about):
             raise ValueError("its content was changed")
         reached = _from_tensors(tensors, [Epoch(**epoch) for epoch in from_json(about["history"])["epochs"]])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as why:
-        raise RunError(f"{path} is no checkpoint of ptee, or damaged ({why}). Delete it to start again.") from why
+        raise RunError(
+            f"{path} is no checkpoint of ptee, or damaged: {first_line(why)} Delete it to start again."
+        ) from why
     if learnt and all(
         torch.equal(value.cpu(), reached.weights.get(name, torch.empty(0, device="cpu")))
         for name, value in learnt.items()

@@ -209,6 +209,8 @@ def test_ctrl_c_ends_with_status_130_and_what_to_type(error, said, run, plan_fai
         ("export --out", NOTHING_WRITTEN),
         ("sweep", "Interrupted. The same command goes on."),
         ("trace --overwrite", "Interrupted."),
+        ("compare --csv=x.csv", "Interrupted."),
+        ("compare --html x.html", "Interrupted."),
     ],
 )
 def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
@@ -222,8 +224,8 @@ def test_what_ctrl_c_leaves_is_said_for_each_command(command, said, capsys):
     [
         slow("_require_same", True),
         slow("_require_same", False),
-        slow("replace_files", True),
-        slow("replace_files", False),
+        slow("fill_place", True),
+        slow("fill_place", False),
         slow("publish", True),
         ("publish", False),
     ],

@@ -338,3 +338,21 @@ def test_a_table_of_something_else_is_no_sweep(title, tmp_path):
     (tmp_path / "sweep.csv").write_text(f"{title}\na,1,1,1,1\n")
     with pytest.raises(RunError, match=r"holds no sweep: sweep\.csv cannot be read"):
         read_sweep(tmp_path)
+
+
+WHOLE = "run,training.seed,cost,accuracy,fidelity,backbone's accuracy\n"
+ODD = {
+    "a cost that is no number": f"{WHOLE}a,1,nan,1,1,1\n",
+    "an endless accuracy": f"{WHOLE}a,1,1,1e999,1,1\n",
+    "a cost below 0": f"{WHOLE}a,1,-1,1,1,1\n",
+    "a column twice": f"{WHOLE.replace('training.seed', 'x,x')}a,1,2,1,1,1,1\n",
+    "more runs than a sweep has": WHOLE + "a,1,1,1,1,1\n" * 1001,
+    "more bytes than a table has": WHOLE + "a,1,1,1,1,1\n" * 400_000,
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_a_table_that_no_sweep_writes_is_refused(text, tmp_path):
+    (tmp_path / "sweep.csv").write_text(text)
+    with pytest.raises(RunError, match=r"holds no sweep: sweep\.csv cannot be read"):
+        read_sweep(tmp_path)

@@ -189,6 +189,17 @@ def test_a_file_that_is_not_as_it_was_written_is_named(damage, whole):
         keys(whole)
 
 
+@pytest.mark.parametrize(
+    "damage", [cut_off, changed, of_another_part, Path.unlink, lambda file: shutil.rmtree(file.parent)]
+)
+def test_a_part_that_is_not_as_it_was_written_is_made_again_by_the_next_writer(damage, whole):
+    damage(whole / "part-0" / "rows.parquet")
+    with begun(whole) as writer:
+        assert writer.missing(["part-0", "part-1"]) == ["part-0"]
+        add(writer, "part-0", table("ab"), table("c"))
+    assert (read_whole(whole, "traces").rows, keys(whole)) == (5, "abcdf")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "traces"}', "{" * 1000])
 def test_a_damaged_manifest_is_refused_in_one_line(text, whole):
     (whole / "manifest.json").write_text(text)

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import tarfile
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -26,7 +27,7 @@ from ptee.data.pictures import (
     decode_bytes,
     image_transform,
 )
-from ptee.data.pixels import scans_of
+from ptee.data.pixels import eight_bits, scans_of
 from ptee.data.splits import hold_out
 
 
@@ -110,6 +111,17 @@ def test_sixteen_bits_become_eight_without_clipping(tmp_path, name):
     image = decode(saved(tmp_path / name, RAMP.astype(np.uint16)))
     assert image.mode == "L"
     assert np.abs(np.asarray(image) - RAMP.astype(np.uint16) / 257).max() <= 0.5
+
+
+def test_sixteen_bits_become_eight_without_numbers_of_64_bits_for_the_whole_picture():
+    picture = Image.new("I;16", (1000, 1000))
+    tracemalloc.start()
+    try:
+        eight_bits(picture)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 * 1000 * 1000
 
 
 def test_floats_from_0_to_1_become_eight_bits(tmp_path):

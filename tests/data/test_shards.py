@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 from dataclasses import replace
@@ -18,7 +21,7 @@ from shards import picture, shard
 
 from ptee._common.errors import DataError
 from ptee.data.folders import list_files
-from ptee.data.shards import Sample, find_source, of_row, samples
+from ptee.data.shards import Sample, find_source, of_row, require_whole_shard, samples
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -256,6 +259,53 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path):
     path = tar(tmp_path / "a.tar", {"1.png": bytes(5000), "1.cls": b"1"})
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DataError, match=r"a\.tar cannot be read to its end.*Replace it"):
+        read(tmp_path)
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+DAMAGE = {
+    "a bit of a header": lambda content, second: flipped(content, second + 3),
+    "cut off between two pictures": lambda content, second: content[:second],
+    "cut off in a header": lambda content, second: content[: second + 300],
+    "a shard behind it": lambda content, second: content + content,
+    "a shard behind its first pictures": lambda content, second: content[:second] + bytes(1024) + content[second:],
+    "a bit of a compressed one": lambda content, second: flipped(gzip.compress(content), 1000),
+    "a compressed one, cut off": lambda content, second: gzip.compress(content)[:-100],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_no_picture_of_a_damaged_shard_is_passed_over_in_silence(damage, tmp_path):
+    path = shard(tmp_path / "a.tar", range(4))
+    assert len(read(tmp_path)) == 4
+    with tarfile.open(path) as file:
+        second = file.getmembers()[2].offset  # behind a picture and its label
+    path.write_bytes(damage(path.read_bytes(), second))
+    with pytest.raises(DataError, match=r"a\.tar cannot be read to its end|a\.tar' is several tar files"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"a\.tar"):
+        require_whole_shard(path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_shard_is_read(pack, tmp_path):
+    path = shard(tmp_path / "a.tar", range(4))
+    expected = read(tmp_path)
+    path.write_bytes(pack(path.read_bytes()))
+    assert read(tmp_path) == expected
+    require_whole_shard(path)
+
+
+def test_a_member_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path):
+    sparse = tarfile.TarInfo("1.png")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(10**12)}
+    sparse.pax_headers["GNU.sparse.map"] = "0,0"
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(sparse)
+    with pytest.raises(DataError, match=r"its member '1\.png' would take 1,000,000,000,000 bytes of memory.*Remove it"):
         read(tmp_path)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import ptee
 from ptee._common.errors import PteeError, RunError
+from ptee._common.writing import is_left_over
 from ptee.data.pictures import image_transform
 from ptee.deploy.export import class_names_of, publish
 from ptee.deploy.manifest import MANIFEST, fingerprint
@@ -596,10 +597,27 @@ def test_names_that_no_classes_can_have_are_refused(names, said, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_a_system_could_not_remove_is_not_handed_on(tmp_path, monkeypatch):
-    handed_on: list[str] = []
-    monkeypatch.setattr("ptee.deploy.export.replace_files", lambda folder, writers: handed_on.extend(writers))
+def test_a_lock_that_a_system_could_not_remove_is_not_handed_on(tmp_path):
+    (tmp_path / "made").mkdir()
     for name in ("manifest.json", "exit_0.onnx", ".ptee.lock"):
-        (tmp_path / name).touch()
-    publish(tmp_path, tmp_path / "target")
-    assert handed_on == ["exit_0.onnx", "manifest.json"]
+        (tmp_path / "made" / name).touch()
+    publish(tmp_path / "made", tmp_path / "target")
+    assert sorted(file.name for file in (tmp_path / "target").iterdir()) == ["exit_0.onnx", "manifest.json"]
+
+
+def test_what_another_process_wrote_there_during_an_export_stays(tmp_path, monkeypatch):
+    def meanwhile(*_: Any) -> None:
+        (tmp_path / "out" / "README.md").write_text("mine")
+
+    monkeypatch.setattr("ptee.deploy.export._require_same", meanwhile)
+    with pytest.raises(RunError, match="out exists"):
+        ptee.export(made(), tmp_path / "out")
+    assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_an_export_works_in_its_own_folder_where_the_next_one_clears_what_a_killed_one_left(tmp_path, monkeypatch):
+    seen: list[Path] = []
+    monkeypatch.setattr("ptee.deploy.export._require_same", lambda _, place: seen.append(place))
+    ptee.export(made(), tmp_path / "out")
+    assert [place.parent for place in seen] == [tmp_path / "out"]
+    assert is_left_over(seen[0].name)

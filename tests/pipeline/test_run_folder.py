@@ -98,6 +98,15 @@ def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
         pytest.fail("it is written")
 
 
+@pytest.mark.parametrize("was_there", [True, False])
+def test_where_nothing_was_written_an_empty_folder_of_the_user_stays_and_a_new_one_goes(was_there, tmp_path):
+    if was_there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt), sole_writer(tmp_path / "out", overwrite=False, resume=False):
+        raise KeyboardInterrupt
+    assert (tmp_path / "out").exists() == was_there
+
+
 def test_a_pipe_in_place_of_the_record_of_pictures_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "unreadable.json")
     assert removed_pictures(tmp_path) == []

@@ -57,6 +57,16 @@ def test_labels_under_which_the_backbone_is_near_chance_are_doubted_at_the_end(w
     assert "by ptee trace or ptee cache with --overwrite and --classes FILE" in said[-1]
 
 
+@pytest.mark.parametrize("write", [ptee.record, ptee.cache])
+def test_tables_are_not_written_among_the_pictures_or_tables_that_are_read(write, a_run, tmp_path):
+    (tmp_path / "images" / "1").mkdir(parents=True)
+    shutil.copy(a_run.parent / "picture.png", tmp_path / "images" / "1")
+    for out in (tmp_path / "images" / "out", tmp_path / "images" / "1" / ".." / "out"):
+        with pytest.raises(DataError, match=r"out lies in .*images, where what is written would be read.*out=FOLDER"):
+            write(a_run, tmp_path / "images", out)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["1"]
+
+
 def test_heads_learn_from_a_cache_as_from_the_images(a_run, shards, folder):
     one, two = ptee.load(a_run), ptee.load(a_run)
     whole = SHORT | {"batch_size": 30}  # in one batch, the order of the images does not matter

@@ -410,9 +410,11 @@ def test_ray_reads_tables_and_pictures_as_one_process_does(kind, a_run, shards, 
 @pytest.mark.slow
 @needs_ray
 def test_ray_names_a_damaged_shard(a_run, tmp_path):
-    shard(tmp_path / "a.tar", range(10)).write_bytes(b"\1" * 20000)
-    with pytest.raises(DataError, match=r"a\.tar cannot be read to its end"):
-        ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", engine="ray")
+    whole = shard(tmp_path / "a.tar", range(10)).read_bytes()
+    for damaged in (b"\1" * 20000, whole[: len(whole) // 1024 * 512]):
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.tar cannot be read to its end"):
+            ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", engine="ray", overwrite=True)
 
 
 @pytest.mark.slow
