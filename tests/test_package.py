@@ -115,6 +115,18 @@ def test_only_the_command_prints_or_ends_the_program():
     assert {module: words for module, words in said.items() if words} == {}
 
 
+def packages(tree: ast.Module) -> set[str]:
+    """The packages that a module imports, wherever it does so."""
+    plain = [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    parts = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in (*plain, *parts)}
+
+
+def test_whoever_imports_a_library_that_reports_over_the_network_says_no_to_it():
+    reporting = {module for module in MODULES if packages(TREES[module]) & {"onnxruntime", "ray"}}
+    assert {module for module in reporting if "report_nothing" not in calls(TREES[module])} == set()
+
+
 THE_METHOD = (
     "analysis",
     "exits",

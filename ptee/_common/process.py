@@ -31,6 +31,9 @@ LOUD = (
     *("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._subclasses.fake_tensor"),
 )
 
+# Libraries that report their use over the network, unless the environment says no.
+REPORTS_OFF = {"ORT_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
 NOBODY_READS = 141  # the status of a program that writes to a pipe without a reader
 
 
@@ -322,6 +325,12 @@ def _forked() -> Iterator[None]:
         finally:
             if not begun and (torch.initial_seed() != seed or torch.cuda.is_initialized()):
                 torch.cuda.manual_seed_all(seed)
+
+
+def report_nothing() -> None:
+    """To be called before ONNX Runtime (from 1.29 on) or Ray is imported, which report their use by default. What the user has set stays."""
+    for name, value in REPORTS_OFF.items():
+        os.environ.setdefault(name, value)
 
 
 # ---------------------------------------------------------------------------------------------------- standard streams

@@ -18,7 +18,7 @@ import numpy as np
 
 from ptee._common.errors import DataError, PteeError, RunError, first_line, unknown, warn
 from ptee._common.files import as_path, require_not_compressed
-from ptee._common.process import lead_nowhere, ready_streams, unwritable
+from ptee._common.process import lead_nowhere, ready_streams, report_nothing, unwritable
 from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
@@ -265,6 +265,7 @@ def _opened_again(opened: partial[Runner], fingerprint: str, thresholds: np.ndar
 
 def onnx_piece(file: Path, device: str, threads: int | None = None) -> Callable[..., Sequence[Array]]:
     """What runs a file by ONNX Runtime."""
+    report_nothing()
     try:
         import onnxruntime
     except ImportError as why:

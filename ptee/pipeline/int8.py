@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ptee._common.clock import in_turns, ratio
 from ptee._common.errors import DataError, PteeError, first_line
-from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings
+from ptee._common.process import no_logs, no_stderr, no_stdout, no_warnings, report_nothing
 from ptee._common.text import Readable, number_of, or_dash, percent, table
 from ptee._common.writing import free_place, working_in, writing_in
 from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
@@ -156,6 +156,7 @@ def quantise(source: Path, target: Path, images: np.ndarray) -> None:
 
 
 def _session(file: Path) -> Any:
+    report_nothing()
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -170,6 +171,7 @@ def _parts(alive: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> Iterat
 
 
 def _quantise(source: Path, target: Path, parts: Sequence[dict[str, np.ndarray]]) -> None:
+    report_nothing()
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ptee._common.errors import Argument, DataError, PteeError
 from ptee._common.listing import EXTENSIONS
+from ptee._common.process import report_nothing
 from ptee._common.writing import cannot_write
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.parts import PartsWriter, arrow
@@ -47,7 +48,7 @@ INSTALL = "The engine 'ray' needs Ray: pip install 'ptee-exits[ray]'. Or give an
 
 def require_ray() -> Any:
     """Ray, or one line that says how to get it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    report_nothing()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray

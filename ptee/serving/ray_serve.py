@@ -22,7 +22,7 @@ from ray import serve
 from ray.serve.context import _get_global_client  # nothing public tells at which address Serve answers
 
 from ptee._common.errors import Argument, PteeError, first_line
-from ptee._common.process import no_logs
+from ptee._common.process import no_logs, report_nothing
 from ptee.deploy.arrays import Array, answers_at_end, join_rows, select_rows
 from ptee.serving.app import Rules, app_of
 from ptee.serving.engine import BusyError, answers_of
@@ -356,6 +356,7 @@ def deployed(
 def _start(host: str, port: int) -> None:
     """Ray and its HTTP server, unless they run. What others serve there stays as it is, also where this is refused."""
     connected = ray.is_initialized()
+    report_nothing()
     try:
         with no_logs:
             ray.init(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptee._common.errors import PteeError
+from ptee._common.process import report_nothing
 from ptee._common.writing import fill_place, free_place, working_in, write_json, write_text
 from ptee.deploy.export import ONNX, export
 from ptee.deploy.manifest import Manifest, Piece, read_manifest
@@ -81,6 +82,7 @@ def _write(onnx: Path, m: Manifest, made: Path) -> None:
 
 def _write_piece(onnx: Path, piece: Piece, before: Sequence[tuple[int, int]], name: str, made: Path) -> dict[str, Any]:
     """A piece as a model of its own. Gives the names of its tensors."""
+    report_nothing()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(onnx / piece.file), providers=["CPUExecutionProvider"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -23,6 +24,7 @@ from torch.utils.data import TensorDataset
 import ptee
 from ptee._common.process import (
     LOUD,
+    REPORTS_OFF,
     Lock,
     no_fused_attention,
     no_logs,
@@ -32,6 +34,7 @@ from ptee._common.process import (
     no_warnings,
     own_export,
     own_random_numbers,
+    report_nothing,
 )
 from ptee.analysis.arithmetic import exact_arithmetic, same_each_time
 from ptee.backbones.library import building
@@ -333,3 +336,26 @@ def test_an_export_goes_on_where_torch_has_no_such_graphs(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.fx._lazy_graph_module", None)
     with own_export:
         pass
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"ORT_DISABLE_TELEMETRY": "0", "RAY_USAGE_STATS_ENABLED": "1"}], ids=["not", "on"]
+)
+def test_reports_over_the_network_are_off_where_nobody_has_said_anything(given, monkeypatch):
+    for name in REPORTS_OFF:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    report_nothing()
+    assert {name: os.environ[name] for name in REPORTS_OFF} == (given or REPORTS_OFF)
+
+
+def test_onnx_runtime_is_told_before_it_begins(tmp_path):
+    pytest.importorskip("onnxruntime")
+    code = "from pathlib import Path\nfrom ptee.deploy.runner import onnx_piece\nonnx_piece(Path('none.onnx'), 'cpu')"
+    env = {name: value for name, value in os.environ.items() if name not in ("CI", *REPORTS_OFF)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert "is no model that ONNX Runtime can read" in done.stderr
+    assert list(tmp_path.iterdir()) == [], "where its reports are on, it keeps a number of this machine here"
