@@ -6,17 +6,19 @@ import re
 import unicodedata
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from device import drawn
 from images import Oracle, opened, write_folder
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.labels import class_orders, describe_labels, relabelled
 from ptee.data.splits import Data
-from ptee.evaluation.class_order import choose_class_order, labels_as_given
+from ptee.evaluation.class_order import another_order, choose_class_order, labels_as_given
 
 NAMES = [f"class{i}" for i in range(1, 13)]
 
@@ -100,6 +102,23 @@ def test_many_classes_behind_missing_ones_are_a_doubt_though_there_are_few_image
     answers = [[k, k] if k < 36 else [k + missing, k + missing] for k in range(60 - missing)]
     found = labels_as_given(*of_answers(answers))
     assert f"for others: 36 for {36 + missing}, 37 for {37 + missing}, " in found.doubt
+
+
+def test_of_many_classes_only_those_in_question_are_compared_with_each_other(monkeypatch):
+    shapes: list[torch.Size] = []
+
+    def assign(fits: torch.Tensor, **how: bool) -> Any:
+        shapes.append(fits.shape)
+        return linear_sum_assignment(fits, **how)
+
+    monkeypatch.setattr("scipy.optimize.linear_sum_assignment", assign)
+    known = torch.arange(6000) % 2000
+    answers = known.clone()
+    answers[known == 7], answers[known == 1999] = 1999, 7
+    answers[0], answers[1] = 5, 3
+    many = torch.cat([known] * 3), torch.cat([answers] * 3)
+    assert "7 for 1999, 1999 for 7: it may know" in another_order("twin", many[1], many[0], 2000)
+    assert shapes == [(2, 2)]
 
 
 def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
