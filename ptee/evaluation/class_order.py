@@ -331,7 +331,7 @@ def _better(answers: Tensor, truth: Tensor) -> dict[int, int]:
         for at, to in zip(*linear_sum_assignment(fits, maximize=True), strict=True)
         if at != to and 2 * fits[at, to] > total[numbers[at]]
     }
-    if 2 * len(better) > int((total > 0).sum()):
+    if len(better) > 1 and 2 * len(better) > int((total > 0).sum()):
         return better
     return {one: other for one, other in better.items() if other in better or one in better.values()}
 

@@ -132,6 +132,8 @@ def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
         [[0] * 6 + [1] * 6, [1] * 6 + [0] * 6, [2] * 12],
         [[0] * 9, [2] * 9, [2] * 9, [2] * 9],
         [[0] * 9, [1] * 9, [3] * 2, [2] * 2],
+        [[0] * 9, [1] * 9, [3] * 3, [2] * 3],
+        [[], [60] * 60 + [1] * 7],
         [[0] * 60, [2] * 5 + [1] * 3, [1] * 5 + [2] * 3],
         [[1] * 12, [2] * 12, [2] * 9, [3] * 60],
         [[2] * 12, [2] * 12, [3] * 12, [0, 1, 2] * 4, [4] * 60],
@@ -140,7 +142,17 @@ def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
         [[(k + 7 * k * k + 1) % 60 if k % 3 else k, k] for k in range(60)],
     ],
     ids=[
-        *("half", "all for one", "few images", "by luck", "no ring", "two for one", "for classes without images"),
+        *(
+            "half",
+            "all for one",
+            "few images",
+            "few classes",
+            "a single class",
+            "by luck",
+            "no ring",
+            "two for one",
+            "for classes without images",
+        ),
         *("the next of some that have an order", "many classes"),
     ],
 )
