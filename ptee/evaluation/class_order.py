@@ -337,8 +337,8 @@ def _better(answers: Tensor, truth: Tensor) -> dict[int, int]:
 
 
 def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
-    """Of many classes there are few images each: neighbours that are taken for the class so many places on, if this is what most
-    mistakes are, nearly all of these are among the neighbours, and hardly any image of theirs is known."""
+    """Of many classes there are few images each: neighbours that are taken for the class so many places on, if nearly all such
+    mistakes are among the neighbours, and hardly any image of theirs is known."""
     away = answers - truth
     wrong = away[away != 0]
     if not len(wrong):
@@ -355,7 +355,7 @@ def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
         best = max(best, (total, start, number))
     inside = shifted & (truth >= best[1]) & (truth <= best[2])
     found = truth[inside].unique().tolist()
-    is_shift = 2 * int(shifted.sum()) > len(wrong) and CLEAR * int(inside.sum()) > (CLEAR - 1) * int(shifted.sum())
+    is_shift = CLEAR * int(inside.sum()) > (CLEAR - 1) * int(shifted.sum())
     return {number: number + places for number in found} if is_shift and len(found) >= OF_A_CLASS else {}
 
 
