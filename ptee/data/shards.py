@@ -238,7 +238,7 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
             yield from of_members(f"{name}/{before}", found)
             found = {}
         before = key
-        if ending.lower() in LABEL_FILES or is_picture(ending):
+        if _is_read(ending):
             content = tar.extractfile(member)
             assert content is not None
             found[ending.lower()] = content.read()
@@ -249,18 +249,28 @@ def _of_shard(path: Path, name: str) -> Iterator[Sample]:
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """The members of a shard up to its end, each with the open shard. What tarfile would take for the end of a damaged one is an error."""
-    unpack: Any = UNPACK.get(packed := packed_by(path), open)
+    if (packed := packed_by(path)) and packed not in UNPACK:
+        raise DataError(f"{path} is compressed ({packed}): unpack it once, {packed} -dc OLD > NEW.")
+    unpack: Any = UNPACK.get(packed, open)
     with (
         unpack(path, "rb") as stream,
         tarfile.open(fileobj=stream, mode="r|" if packed else "r:", tarinfo=TarHeader) as tar,
     ):
         for member in tar:
             tar.members = []  # type: ignore[attr-defined] # or it would keep all that it has read
-            if member.issparse() or member.size > LARGEST_PICTURE:
-                size = f"would take {member.size:,} bytes of memory, and {LARGEST_PICTURE:,} are read at most"
-                raise DataError(f"{path}: its member {shown(member.name)} {size}. Remove it.")
+            if _is_read(_split(member.name)[1]):
+                _require_readable(path, member)
             yield tar, member
         refuse_second_archive(path, tar.fileobj)  # which reads on, so that checksums of a packed one are compared
+
+
+def _require_readable(path: Path, member: tarfile.TarInfo) -> None:
+    if member.islnk() or member.issym():
+        text = "is a link, which no reader of shards follows. Make the shard with tar --dereference --hard-dereference."
+        raise DataError(f"{path}: its member {shown(member.name)} {text}")
+    if member.size > LARGEST_PICTURE:
+        size = f"would take {member.size:,} bytes of memory, and {LARGEST_PICTURE:,} are read at most"
+        raise DataError(f"{path}: its member {shown(member.name)} {size}. Remove it.")
 
 
 def require_whole_shard(path: Path) -> None:
@@ -281,6 +291,10 @@ def _split(name: str) -> tuple[str, str]:
 def is_picture(ending: str) -> bool:
     """Whether a member of a shard is a picture."""
     return f".{ending.lower()}" in EXTENSIONS
+
+
+def _is_read(ending: str) -> bool:
+    return ending.lower() in LABEL_FILES or is_picture(ending)
 
 
 def _last(ending: str) -> str:

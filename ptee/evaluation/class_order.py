@@ -313,25 +313,32 @@ def _better(answers: Tensor, truth: Tensor) -> dict[int, int]:
     """
     from scipy.optimize import linear_sum_assignment
 
-    numbers, row = truth.unique(return_inverse=True)
-    counts = torch.zeros((len(numbers), 1 + int(max(answers.max(), truth.max()))), dtype=torch.float64, device="cpu")
-    counts.index_put_((row, answers), counts.new_ones(()), accumulate=True)
-    enough = counts.sum(1) >= OF_A_CLASS
-    fits = counts * enough[:, None]
-    fits[torch.arange(len(numbers), device="cpu"), numbers] += 0.5  # where both fit alike, a class stays what it is
+    width = 1 + int(max(answers.max(), truth.max()))
+    total = truth.bincount(minlength=width)
+    pairs, times = (truth * width + answers).unique(return_counts=True)
+    one, other = pairs // width, pairs % width
+    enough = total[one] >= OF_A_CLASS
+    moved = enough & (2 * times > total[one]) & (one != other)
+    # An assignment of many thousand classes would take gigabytes: the others stay what they are.
+    numbers = torch.cat((one[moved], other[moved])).unique()
+    here = enough & torch.isin(one, numbers) & torch.isin(other, numbers)
+    fits = (
+        torch.eye(len(numbers), dtype=torch.float64, device="cpu") / 2
+    )  # where both fit alike, a class stays what it is
+    fits[torch.searchsorted(numbers, one[here]), torch.searchsorted(numbers, other[here])] += times[here]
     better = {
-        int(numbers[at]): int(other)
-        for at, other in zip(*linear_sum_assignment(fits, maximize=True), strict=True)
-        if enough[at] and 2 * counts[at, other] > counts[at].sum() and other != numbers[at]
+        int(numbers[at]): int(numbers[to])
+        for at, to in zip(*linear_sum_assignment(fits, maximize=True), strict=True)
+        if at != to and 2 * fits[at, to] > total[numbers[at]]
     }
-    if 2 * len(better) > len(numbers):
+    if len(better) > 1 and 2 * len(better) > int((total > 0).sum()):
         return better
     return {one: other for one, other in better.items() if other in better or one in better.values()}
 
 
 def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
-    """Of many classes there are few images each: neighbours that are taken for the class so many places on, if this is what most
-    mistakes are, nearly all of these are among the neighbours, and hardly any image of theirs is known."""
+    """Of many classes there are few images each: neighbours that are taken for the class so many places on, if nearly all such
+    mistakes are among the neighbours, and hardly any image of theirs is known."""
     away = answers - truth
     wrong = away[away != 0]
     if not len(wrong):
@@ -348,7 +355,7 @@ def _shift(answers: Tensor, truth: Tensor) -> dict[int, int]:
         best = max(best, (total, start, number))
     inside = shifted & (truth >= best[1]) & (truth <= best[2])
     found = truth[inside].unique().tolist()
-    is_shift = 2 * int(shifted.sum()) > len(wrong) and CLEAR * int(inside.sum()) > (CLEAR - 1) * int(shifted.sum())
+    is_shift = CLEAR * int(inside.sum()) > (CLEAR - 1) * int(shifted.sum())
     return {number: number + places for number in found} if is_shift and len(found) >= OF_A_CLASS else {}
 
 

@@ -209,6 +209,7 @@ def test_a_program_of_torch_export_is_refused_and_what_to_save_named(tmp_path):
         read_checkpoint(tmp_path / "w.pt2")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_program_of_torchscript_is_refused_and_what_to_save_named(tmp_path):
     torch.jit.save(torch.jit.trace(Tiny().eval(), torch.zeros(1, 3, 8, 8)), tmp_path / "w.pt")
     with pytest.raises(BackboneError, match=r"w\.pt is TorchScript, .* save model\.state_dict\(\)\.$"):

@@ -299,13 +299,52 @@ def test_a_compressed_shard_is_read(pack, tmp_path):
     require_whole_shard(path)
 
 
+def sparse(name: str, size: int) -> tarfile.TarInfo:
+    """A member of zeros of which none is stored."""
+    member = tarfile.TarInfo(name)
+    member.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(size)}
+    member.pax_headers["GNU.sparse.map"] = "0,0"
+    return member
+
+
+def of_header(path: Path, member: tarfile.TarInfo) -> Path:
+    """A shard of one picture, and of a member without its content."""
+    tar(path, {"0.png": b"one"})
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(member)
+    return path
+
+
 def test_a_member_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path):
-    sparse = tarfile.TarInfo("1.png")
-    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(10**12)}
-    sparse.pax_headers["GNU.sparse.map"] = "0,0"
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
-        file.addfile(sparse)
+    of_header(tmp_path / "a.tar", sparse("1.png", 10**12))
     with pytest.raises(DataError, match=r"its member '1\.png' would take 1,000,000,000,000 bytes of memory.*Remove it"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["0.mp4", "film/1.npy"])
+def test_a_large_member_that_is_not_read_does_no_harm(name, tmp_path):
+    of_header(tmp_path / "a.tar", sparse(name, 10**12))
+    assert read(tmp_path) == [Sample("a.tar/0", b"one", -1, "")]
+    require_whole_shard(tmp_path / "a.tar")
+
+
+def test_a_picture_that_is_stored_without_its_zeros_is_read(tmp_path):
+    of_header(tmp_path / "a.tar", sparse("1.png", 5))
+    assert read(tmp_path)[1] == Sample("a.tar/1", bytes(5), -1, "")
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_picture_in_a_shard_that_is_a_link_is_named_and_not_left_out(kind, tmp_path):
+    link = tarfile.TarInfo("1.png")
+    link.type, link.linkname = kind, "0.png"
+    of_header(tmp_path / "a.tar", link)
+    with pytest.raises(DataError, match=r"a\.tar: its member '1\.png' is a link.* --dereference --hard-dereference"):
+        read(tmp_path)
+
+
+def test_a_shard_in_a_compression_that_is_not_read_is_called_so(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(600))
+    with pytest.raises(DataError, match=r"a\.tar is compressed \(zstd\): unpack it once, zstd -dc OLD > NEW\.$"):
         read(tmp_path)
 
 

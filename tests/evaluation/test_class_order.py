@@ -6,17 +6,19 @@ import re
 import unicodedata
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from device import drawn
 from images import Oracle, opened, write_folder
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptee._common.errors import Argument, DataError
 from ptee.data.labels import class_orders, describe_labels, relabelled
 from ptee.data.splits import Data
-from ptee.evaluation.class_order import choose_class_order, labels_as_given
+from ptee.evaluation.class_order import another_order, choose_class_order, labels_as_given
 
 NAMES = [f"class{i}" for i in range(1, 13)]
 
@@ -102,6 +104,23 @@ def test_many_classes_behind_missing_ones_are_a_doubt_though_there_are_few_image
     assert f"for others: 36 for {36 + missing}, 37 for {37 + missing}, " in found.doubt
 
 
+def test_of_many_classes_only_those_in_question_are_compared_with_each_other(monkeypatch):
+    shapes: list[torch.Size] = []
+
+    def assign(fits: torch.Tensor, **how: bool) -> Any:
+        shapes.append(fits.shape)
+        return linear_sum_assignment(fits, **how)
+
+    monkeypatch.setattr("scipy.optimize.linear_sum_assignment", assign)
+    known = torch.arange(6000) % 2000
+    answers = known.clone()
+    answers[known == 7], answers[known == 1999] = 1999, 7
+    answers[0], answers[1] = 5, 3
+    many = torch.cat([known] * 3), torch.cat([answers] * 3)
+    assert "7 for 1999, 1999 for 7: it may know" in another_order("twin", many[1], many[0], 2000)
+    assert shapes == [(2, 2)]
+
+
 def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
     found = labels_as_given(*of_answers([[0] * 12, [1] * 12, [], [2] * 12, [3] * 12]))
     assert "for others: 3 for 2, 4 for 3." in found.doubt
@@ -113,6 +132,8 @@ def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
         [[0] * 6 + [1] * 6, [1] * 6 + [0] * 6, [2] * 12],
         [[0] * 9, [2] * 9, [2] * 9, [2] * 9],
         [[0] * 9, [1] * 9, [3] * 2, [2] * 2],
+        [[0] * 9, [1] * 9, [3] * 3, [2] * 3],
+        [[], [60] * 60 + [1] * 7],
         [[0] * 60, [2] * 5 + [1] * 3, [1] * 5 + [2] * 3],
         [[1] * 12, [2] * 12, [2] * 9, [3] * 60],
         [[2] * 12, [2] * 12, [3] * 12, [0, 1, 2] * 4, [4] * 60],
@@ -121,7 +142,17 @@ def test_classes_that_the_backbone_never_answers_are_named_by_their_numbers():
         [[(k + 7 * k * k + 1) % 60 if k % 3 else k, k] for k in range(60)],
     ],
     ids=[
-        *("half", "all for one", "few images", "by luck", "no ring", "two for one", "for classes without images"),
+        *(
+            "half",
+            "all for one",
+            "few images",
+            "few classes",
+            "a single class",
+            "by luck",
+            "no ring",
+            "two for one",
+            "for classes without images",
+        ),
         *("the next of some that have an order", "many classes"),
     ],
 )
