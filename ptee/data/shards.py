@@ -310,6 +310,11 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
             f"{key} has the picture {hidden[0]!r}, and none called .png, .jpg or the like: in shards all that follows the first point of a name stands "
             "for its kind: rename the pictures, without such points."
         )
+    if CLS in members and not pictures:
+        raise DataError(
+            f"{key}.{CLS} has no picture beside it. In shards the members of one image stand one after another: write them so, "
+            "as tar --sort=name does."
+        )
     if pictures:
         yield Sample(key, members[pictures[0]], *_label_of(key, members))
 

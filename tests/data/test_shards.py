@@ -66,6 +66,15 @@ def test_a_picture_that_its_name_hides_is_named_and_not_left_out(names, key, end
         read(tmp_path)
 
 
+@pytest.mark.parametrize("order", [("0.cls", "1.png", "0.png", "1.cls"), ("0.png", "1.png", "0.cls", "1.cls")])
+def test_a_label_that_stands_apart_from_its_picture_is_not_passed_over(order, tmp_path):
+    tar(tmp_path / "a.tar", dict.fromkeys(order, b"1"))
+    with pytest.raises(
+        DataError, match=r"a\.tar/0\.cls has no picture beside it\. .* one after another: .* tar --sort=name does\."
+    ):
+        read(tmp_path)
+
+
 def test_a_shard_without_labels_gives_the_folder_as_the_name_of_the_class(tmp_path):
     tar(tmp_path / "a.tar", {"cat/1.png": b"one", "2.png": b"two", "note.txt": b"no picture"})
     assert read(tmp_path) == [Sample("a.tar/cat/1", b"one", -1, "cat", True), Sample("a.tar/2", b"two", -1, "")]
