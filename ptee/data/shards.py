@@ -312,7 +312,7 @@ def of_members(key: str, members: Mapping[str, bytes]) -> Iterator[Sample]:
         )
     if CLS in members and not pictures:
         raise DataError(
-            f"{key}.{CLS} has no picture beside it. In shards the members of one image stand one after another: write them so, "
+            f"{key}.{CLS} has no picture called .png, .jpg or the like beside it. In shards the members of one image stand one after another: write them so, "
             "as tar --sort=name does."
         )
     if pictures:

@@ -70,7 +70,8 @@ def test_a_picture_that_its_name_hides_is_named_and_not_left_out(names, key, end
 def test_a_label_that_stands_apart_from_its_picture_is_not_passed_over(order, tmp_path):
     tar(tmp_path / "a.tar", dict.fromkeys(order, b"1"))
     with pytest.raises(
-        DataError, match=r"a\.tar/0\.cls has no picture beside it\. .* one after another: .* tar --sort=name does\."
+        DataError,
+        match=r"a\.tar/0\.cls has no picture called \.png, \.jpg or the like beside it\. .* one after another: .* tar --sort=name does\.",
     ):
         read(tmp_path)
 
