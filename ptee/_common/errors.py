@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from itertools import count
 from typing import Any
 
@@ -28,6 +28,7 @@ from ptee._common.text import printable, with_run
 
 WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
 
+FARTHER = 0.3  # from the name than the nearest choice, from 0 to 1: such a choice is not meant
 NEAREST = 3  # choices that a message names in answer to a wrong one, at most
 # What other libraries call settings of ptee, in small letters and without _.
 ELSEWHERE = {
@@ -219,7 +220,14 @@ def _near(name: str, choices: Sequence[str]) -> list[str]:
         (_letters(c) for c in choices if c.lower().endswith(("_" + name.lower(), "." + name.lower()))), key=len
     )
     alike = get_close_matches(asked, spelt, n=NEAREST, cutoff=0.5)
+    if alike:  # beside a slip of a letter, what is far from it is not meant
+        alike = get_close_matches(asked, alike, n=NEAREST, cutoff=_likeness(asked, alike[0]) - FARTHER)
     return [spelt[c] for c in dict.fromkeys([*end[:1], *begin[:NEAREST], *alike])][:NEAREST]
+
+
+def _likeness(asked: str, found: str) -> float:
+    """As `get_close_matches` measures it: 1 for the same letters."""
+    return SequenceMatcher(None, found, asked).ratio()
 
 
 def called_here(name: str) -> str:

@@ -388,7 +388,12 @@ def known_by(data: Any, changes: bool = False) -> dict[str, Any]:
             return {}
         data, changes = data.dataset, True
     marks = [marks_of(batch_of([data[i]])[0]) for i in all_over(len(data), SAMPLED_MARKS)]
-    return {"images": None if changes else len(data), "marks": sample_of_marks(torch.cat(marks))}
+    return known_by_marks(torch.cat(marks), None if changes else len(data))
+
+
+def known_by_marks(marks: Tensor, number: int | None) -> dict[str, Any]:
+    """The same of this number of images, from the marks of all or of some."""
+    return {"images": number, "marks": sample_of_marks(marks)}
 
 
 def with_record(records: Any, seen: Mapping[str, Any]) -> list[Any]:

@@ -135,6 +135,10 @@ def map_labels(
     if 1 < n < num_classes:  # one class alone mostly means that there are no labels
         remedy = (f"Name their folders by its numbers, 0 to {num_classes - 1}, or name its classes in a file (",
                   Argument("classes", "FILE"), ").")  # fmt: skip
+    elif n > num_classes:
+        remedy = (
+            f"Leave out the folders that are none of its classes. If these are {num_classes}, they count as its own.",
+        )
     reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}, so the images count as unlabelled."
     return LabelMap(None, reason, remedy=remedy)
 
@@ -292,6 +296,15 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
             text, "Give the folders the names that they had, or name the backbone's classes in a file (", file, ")."
         )
     return recorded
+
+
+def names_differ(label_map: LabelMap, found: Sequence[str], recorded: Sequence[str]) -> LabelMap:
+    """The labels; if they are in doubt, also a sentence where a run recorded the names of its classes and the data call all of theirs otherwise."""
+    known = {spelt(name) for name in recorded}
+    if not (label_map.doubt and known) or any(spelt(name) in known for name in found):
+        return label_map
+    words = f"The run's own classes are {some(recorded)}: none of these has such a name."
+    return replace(label_map, doubt=f"{label_map.doubt} {words}")
 
 
 def relabelled(data: Data, label_map: LabelMap) -> Data:

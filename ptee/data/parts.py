@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from ptee import __version__
 from ptee._common.errors import Argument, DataError, PteeError, RunError, first_line
@@ -38,7 +40,6 @@ from ptee._common.writing import (
 from ptee.data.batches import UNKNOWN_LABEL
 
 MANIFEST, UNREADABLE = "manifest.json", "unreadable.json"
-SCHEMA = 1
 LARGEST_MANIFEST = 64 * 2**20  # bytes
 ROWS_AT_ONCE = 8192  # that are read into memory, and in one group of a file
 FEW = 10  # unreadable images that are always allowed; a share of less says nothing
@@ -72,7 +73,7 @@ class Manifest(_Strict):
     """What a folder of parts holds. `about` says of what: two folders with the same `about` hold the same rows."""
 
     kind: Literal["traces", "cache"]
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     ptee_version: str
     about: dict[str, Any]
     planned: int = Field(ge=1)  # parts
@@ -132,7 +133,8 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     except ValidationError as why:
         first = why.errors()[0]
         raise DataError(
-            f"{folder / MANIFEST} is damaged or of another version: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+            f"{folder / MANIFEST} is damaged or of another version: {'.'.join(map(str, first['loc']))}: {first['msg']}. Delete the folder, and make it "
+            "again."
         ) from why
     except (OSError, ValueError, TypeError) as why:
         raise DataError(f"{folder / MANIFEST} cannot be read: {first_line(why)}") from why
@@ -190,6 +192,12 @@ def key_hashes(folder: Path, manifest: Manifest) -> np.ndarray:
         digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in group["key"].to_pylist())
         parts.append(np.frombuffer(b"".join(digests), np.uint64))
     return np.concatenate(parts)
+
+
+def read_marks(folder: Path, manifest: Manifest) -> Tensor:
+    """(n,) int64 by which images are known again, in the order of the rows."""
+    found = [numbers(folder, group["mark"], 0, np.int64) for group in row_groups(folder, manifest, ["mark"])]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
 def numbers(folder: Path, column: Any, width: int, kind: Any) -> np.ndarray:
@@ -330,8 +338,10 @@ def _require_alike(folder: Path, old: Manifest, new: Manifest) -> None:
     if old.about == new.about and old.planned == new.planned:
         return
     differs = _difference(old.about, new.about) or ("number of parts", old.planned, new.planned)
-    what, _, part = differs[0].partition(".")
-    text = f"{folder} holds {new.kind} of another {what} ({f'{part}: ' * bool(part)}{differs[1]!s:.60}, now {differs[2]!s:.60}). Give another folder, "
+    what, _, part = differs[0].replace("_", " ").partition(".")
+    both = f"({f'{part}: ' * bool(part)}{differs[1]!s:.60}; now {differs[2]!s:.60})"
+    whole = " It is finished, and can be read as it is." * old.whole
+    text = f"{folder} holds {new.kind} of another {what} {both}.{whole} Give another folder, "
     raise DataError(text, OUT, ", or replace it: ", OVERWRITE, ".")
 
 

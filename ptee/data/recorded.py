@@ -26,6 +26,10 @@ class RecordedTraces(ABC):
         """The `Traces` of a model, as `record` gives them, of all images or of these rows (m,). Their sample is empty."""
 
     @abstractmethod
+    def marks(self, rows: Tensor | None) -> Tensor:
+        """(m,) int64, by which the images are known again."""
+
+    @abstractmethod
     def for_calibration(self, model: Any, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
         """Log-odds (E, m) of each early exit's largest probability, answers (E+1, m), labels (m,) or None, and why there are none."""
 

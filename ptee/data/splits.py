@@ -49,6 +49,7 @@ WATCHING = "to watch the training"  # not to choose thresholds on
 CHOSEN_ON = "; thresholds are chosen on half of the validation images"
 GIVE_DATA_SETS = (Argument("val_data", "DATASET"), ", or others: ", Argument("calibration_data", "DATASET"), ".")
 DATA_SETS = "data sets"  # the kind of what a user gives from Python
+TRACES = "traces"  # the kind of images whose answers were recorded before
 
 
 def part_of(name: str) -> str | None:
@@ -327,7 +328,8 @@ def parts_for_tuning(unseen: Unseen) -> Parts:
         )
         raise DataError(text, "Give more: ", *(GIVE_DATA_SETS if data.split.get("kind") == DATA_SETS else GIVE_DATA))
     first, second = draw(n, [n // 2], unseen.seed)
-    chosen = f"{len(first):,} of the {n:,} {'validation ' * own}images, drawn with seed {unseen.seed},"
+    kind = "traced " if data.split.get("kind") == TRACES else "validation " * own
+    chosen = f"{len(first):,} of the {n:,} {kind}images, drawn with seed {unseen.seed},"
     return Parts(Subset(images, first), Subset(images, second), chosen, f"the other {len(second):,}")
 
 

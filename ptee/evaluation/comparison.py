@@ -204,7 +204,7 @@ def _hash(model: EarlyExitModel) -> str:
 def _shared(pair: Pair) -> str:
     """A sentence, if images that are reported on are among those that thresholds are chosen on; else none."""
     ours, theirs = pair.report.marks, pair.calibration.marks
-    if ours is None or theirs is None:  # of recorded traces
+    if ours is None or theirs is None:
         return ""
     shared = number_of_shared(ours, theirs)
     if shared <= COPIES * len(ours):

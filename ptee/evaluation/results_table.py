@@ -289,7 +289,7 @@ def _bottom_line(results: Results) -> str:
         Way("", own.cost, lost(own)),
         cut_off,
         as_good=FAITHFUL if faithful else ACCURATE,
-        speedup=row.speedup,
+        speedup=None if noise([results.spread]) else row.speedup,
         where=f"on {results.device} in batches of {results.batch_size}",
         lower_t=not results.loses_too_much and results.leaving[0] < 1,
     )

@@ -72,7 +72,7 @@ def parse_head(name: Any) -> HeadSpec:
         return HeadSpec(kind, (), builds_on_previous)
     if re.fullmatch(RESIDUAL_NAME, kind):
         return HeadSpec(RESIDUAL, _stages(name, kind), builds_on_previous)
-    others = ["convN with a number, such as conv4", AUTO, "res-32x2-64x2 with any numbers"]
+    others = ["convN with a number, such as conv4", AUTO, "res-32x2-64x2 with any stages of channels x blocks"]
     raise unknown("head", name, [*HEADS, *others], argument="head")
 
 

@@ -16,7 +16,7 @@ from ptee._common.progress import Log
 from ptee._common.text import number_of
 from ptee.backbones.load import Backbone
 from ptee.data.batches import UNKNOWN_LABEL, batch_of, described, same_images
-from ptee.data.labels import LabelMap, near_chance, recorded_classes, relabelled
+from ptee.data.labels import LabelMap, names_differ, near_chance, recorded_classes, relabelled
 from ptee.data.named import holds_sided
 from ptee.data.pictures import Key, all_broken_named, image_transform
 from ptee.data.recorded import recorded
@@ -83,6 +83,8 @@ def open_images(
     recorded = None if classes is not None else recorded_classes(data.class_names, trained or (), backbone.num_classes)
     with all_broken_named([data.train, data.calibration, data.validation]):
         labels = choose_class_order(backbone, data, classes=classes, recorded=recorded, check=check, device=device)
+    if classes is None:
+        labels = names_differ(labels, data.class_names, trained or ())
     return relabelled(data, labels), labels
 
 

@@ -63,6 +63,8 @@ class _Target(_Checked):
 
 class _Tuning(_Checked):
     target: _Target | None = None
+    images: str = ""
+    source: str | None = None
 
 
 class _Results(_Checked):

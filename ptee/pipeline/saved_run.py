@@ -22,6 +22,7 @@ from ptee.data.sources import require_source
 from ptee.data.splits import (
     AS_DELIVERED,
     GIVE_DATA,
+    TRACES,
     Data,
     Unseen,
     images_to_report_on,
@@ -51,7 +52,6 @@ from ptee.tuning.reachable import require_labels
 from ptee.tuning.trace_folder import TraceFolder
 from ptee.tuning.tune import choose_thresholds, describe_outcome
 
-TRACES = "traces"  # the kind of data that were recorded before
 FEW_MACS = 10_000_000  # multiply-accumulates of a network for which one CPU thread is faster than several
 
 

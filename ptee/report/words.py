@@ -192,13 +192,14 @@ def exits_table(of: Reported) -> Rows:
 def calibration_table(of: Reported) -> Rows:
     """How good each confidence is."""
     assert of.traces is not None
-    rows: Rows = [("exit", "calibration error", "AUROC", "fitted on")]
     own = of.model.answers == OWN  # of blended answers it is the weights that were fitted
     fitted = (of.results.get("calibration") or {}).get("images") if own else None
+    images = [number_of(fitted, "image")] if isinstance(fitted, int) else []
+    rows: Rows = [("exit", "calibration error", "AUROC", *["fitted on"] * len(images))]
     for n in range(of.traces.exits):
         error, auroc = confidence_quality(of.model, of.traces, n).values()
         shown = "-" if auroc is None else f"{auroc:.3f}"
-        rows.append((str(n), f"{error:.3f}", shown, number_of(fitted, "image") if isinstance(fitted, int) else "-"))
+        rows.append((str(n), f"{error:.3f}", shown, *images))
     return rows
 
 
@@ -240,6 +241,9 @@ def made(of: Reported) -> Rows:
     rows.append(("confidence", f"{of.model.confidence}; answers: {of.model.answers}"))
     if isinstance(data := of.results.get("data"), dict):
         rows.append(("made from", str(data.get("source"))))
+    if of.target is not None and isinstance(tuning := of.results.get("tuning"), dict):
+        where = f" ({tuning['source']})" if isinstance(tuning.get("source"), str) else ""
+        rows.append(("thresholds", f"{tuning.get('images', '')}{where}"))
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     rows.append(("this page", f"ptee {__version__}, torch {torch.__version__}, {machine}"))
     return rows

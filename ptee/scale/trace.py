@@ -17,7 +17,15 @@ from ptee._common.progress import Log, counted
 from ptee._common.text import number_of, spelt
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import recorded_hash, weights_hash
-from ptee.data.labels import LabelMap, classes_of_run, describe_labels, map_labels, numbers_of_names, recorded_classes
+from ptee.data.labels import (
+    LabelMap,
+    classes_of_run,
+    describe_labels,
+    map_labels,
+    names_differ,
+    numbers_of_names,
+    recorded_classes,
+)
 from ptee.data.parts import FEW, Manifest, PartsWriter, arrow, parts_writer
 from ptee.data.pictures import File, Pictures, image_transform
 from ptee.data.shards import LABELS, PARQUET, PICTURES, TAR, Source, class_of, find_source, require_apart
@@ -27,6 +35,7 @@ from ptee.model.early_exit import EarlyExitModel
 from ptee.scale import local, ray_engine
 from ptee.scale.worker import Job, open_model
 from ptee.tuning.trace_folder import TraceFolder, open_traces, recorded_confidence
+from ptee.tuning.tune import known_images
 
 ENGINES: dict[str, Any] = {"local": local.make_parts, "ray": ray_engine.make_parts}
 LABELS_STAND = {
@@ -88,7 +97,8 @@ def record(
     job, labels = with_classes(job, model, source, classes)
     tell_labels(labels, log, word)
     about = describe(model) | {"logits": "all" if logits is None else logits, "source": source.describe()}
-    about |= {"class_order": class_order(job), "threshold": list(model.threshold), "off": list(model.off)}
+    thresholds = ["off" if n in model.off else f"{t:.9g}" for n, t in enumerate(model.threshold)]
+    about |= {"class_order": class_order(job), "threshold": ", ".join(thresholds)}
     with parts_writer(
         folder, "traces", about, len(source.parts()), limit=max_unreadable, overwrite=overwrite
     ) as writer:
@@ -96,6 +106,8 @@ def record(
     found = open_traces(folder)
     if labels is None or not labels.doubt:  # now all images can tell
         tell_labels(labels_as_recorded(model.origin, *found.backbone_answers(model)), log, word)
+    if seen := known_images(model, found.marks(None), own=False):
+        warn(seen)
     return found
 
 
@@ -180,6 +192,8 @@ def with_classes(
         labels = LabelMap(tuple(range(len(found))), "The labels are taken for the backbone's class numbers.")
     else:
         labels = map_labels(found, model.num_classes, classes=known if classes is None else classes)
+    if classes is None:
+        labels = names_differ(labels, found, names)
     numbers = None if labels.indices is None else dict(zip(map(spelt, found), labels.indices, strict=True))
     return replace(job, classes=numbers), labels
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptee._common.devices import resolve_device
 from ptee._common.errors import Argument, DataError
 from ptee._common.text import spelt
-from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.batches import UNKNOWN_LABEL, marks_of
 from ptee.data.parts import arrow
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import Sample
@@ -63,8 +63,9 @@ class Worker:
         self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
 
     def table(self, samples: Sequence[Sample]) -> Any:
-        """A row for each sample: key, label, fault (why it cannot be read; else empty), and the columns of the job's kind."""
+        """A row for each sample: key, label, fault (why it cannot be read; else empty), mark (by which the image is known again), and the columns of the job's kind."""
         images, faults = self._decoded(samples)
+        marks = marks_of(images)  # now, as a network may write into its images
         with torch.inference_mode():
             made = self._answers(images) if self.job.kind == "traces" else self._inputs(images)
         readable = np.array([not fault for fault in faults])
@@ -73,6 +74,7 @@ class Worker:
             "key": pa.array([sample.key for sample in samples], pa.string()),
             "fault": pa.array(faults, pa.string()),
             "label": pa.array([self._label(sample) for sample in samples], pa.int32()),
+            "mark": pa.array(marks.numpy()),
         }
         return pa.table(columns | {name: _column(values, readable) for name, values in made.items()})
 

@@ -37,10 +37,10 @@ from ptee.data.batches import (
     CALIBRATED_ON,
     UNKNOWN_LABEL,
     batches,
+    known_by_marks,
     marks_of,
     numbered,
     odd_labels,
-    sample_of_marks,
     split_batch,
 )
 from ptee.data.recorded import recorded
@@ -196,7 +196,8 @@ def calibrate(
     home = device_of(model.heads)
     if (known := recorded(data)) is not None:
         odds, answers, labels, fault = known[0].for_calibration(model, known[1])
-        return _calibrated(model, _Outputs(odds.double(), answers, labels, fault, {}), target)
+        marks = known[0].marks(known[1])
+        return _calibrated(model, _Outputs(odds.double(), answers, labels, fault, marks), target)
     loader = batches(data, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     with own_random_numbers(seed), same_each_time:
         model.to(device_of(model.heads, device)).eval()
@@ -212,8 +213,7 @@ def _calibrated(model: EarlyExitModel, outputs: _Outputs, target: str) -> Calibr
     exits = tuple(map(_fitted, (e.name for e in model.exits), outputs.log_odds, _positives(outputs, target)))
     model.calibrated = Calibrated(tuple(e.scale for e in exits), tuple(e.shift for e in exits))
     model.confidence, model.curve = CALIBRATED, None  # the curve was of another h
-    others = {name: value for name, value in (model.results or {}).items() if name != CALIBRATED_ON}
-    model.results = (others | outputs.seen) or None
+    model.results = (model.results or {}) | {CALIBRATED_ON: known_by_marks(outputs.marks, len(outputs.marks))}
     return Calibration(target, outputs.answers.shape[1], exits)
 
 
@@ -225,14 +225,14 @@ class _Outputs(NamedTuple):
         answers: (E+1, n) classes.
         labels: (n,) or None.
         fault: why there are no labels.
-        seen: what is added to a model's results, by which the images are known again.
+        marks: (n,) by which the images are known again.
     """
 
     log_odds: Tensor
     answers: Tensor
     labels: Tensor | None
     fault: str
-    seen: dict[str, Any]
+    marks: Tensor
 
 
 def _positives(outputs: _Outputs, target: str) -> Tensor:
@@ -266,8 +266,7 @@ def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
     targets = torch.cat(labels)
     none = bool((targets == UNKNOWN_LABEL).all())
     fault = "the data has none" if none else odd_labels(targets, model.num_classes)
-    seen = {CALIBRATED_ON: {"images": len(targets), "marks": sample_of_marks(torch.cat(marks))}}
-    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), None if fault else targets, fault, seen)
+    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), None if fault else targets, fault, torch.cat(marks))
 
 
 def _fitted(name: str, odds: Tensor, positives: Tensor) -> ExitCalibration:

@@ -35,8 +35,8 @@ from ptee._common.progress import with_bar
 from ptee._common.text import number_of
 from ptee._common.validation import checked
 from ptee.backbones.weights import recorded_hash, recorded_hashes
-from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, split_batch
-from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
+from ptee.data.batches import UNKNOWN_LABEL, CpuLoader, batches, known_by_marks, split_batch
+from ptee.data.parts import Manifest, key_hashes, numbers, read_marks, read_whole, row_groups
 from ptee.model.early_exit import EarlyExitModel
 from ptee.model.forward import Reading
 from ptee.training.augmentation import AllViews, Views
@@ -294,6 +294,10 @@ class CacheFolder:
             answers.append(torch.from_numpy(logits.argmax(-1)))
             labels.append(torch.from_numpy(numbers(self.folder, group["label"], 0, np.int32)).long())
         return torch.cat(answers), torch.cat(labels)
+
+    def known_by(self) -> dict[str, Any]:
+        """By which its images are known again."""
+        return known_by_marks(read_marks(self.folder, self.manifest), len(self))
 
     def opened(self, model: EarlyExitModel) -> Cache:
         """All of it, in memory or in a file without a name, in an order that does not depend on who wrote it."""

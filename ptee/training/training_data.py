@@ -212,7 +212,7 @@ def noting_images(
     `val_data` too. `changes`: the training data may give other images each time.
     """
     model = loaders.model
-    seen = {TRAINED_ON: {} if isinstance(data, CacheFolder) else known_by(data, changes)}
+    seen = {TRAINED_ON: data.known_by() if isinstance(data, CacheFolder) else known_by(data, changes)}
     if loaders.config.patience is not None and val_data is not None:
         seen[WATCHED] = known_by(val_data)
     try:

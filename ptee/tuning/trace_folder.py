@@ -23,7 +23,7 @@ from ptee._common.text import Readable, number_of
 from ptee._common.validation import checked
 from ptee.backbones.weights import recorded_hashes, weights_hash
 from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
-from ptee.data.parts import Manifest, key_hashes, numbers, read_whole, row_groups
+from ptee.data.parts import Manifest, key_hashes, numbers, read_marks, read_whole, row_groups
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
 from ptee.exits.config import BLENDED
@@ -97,6 +97,11 @@ class TraceFolder(Readable, RecordedTraces):
         found = _columns(self.folders[which], self.manifests[which], wanted)
         return torch.from_numpy(found["answers"][:, -1].copy()).long(), torch.from_numpy(found["label"]).long()
 
+    def marks(self, rows: Tensor | None) -> Tensor:
+        """As of `RecordedTraces`."""
+        found = read_marks(self.folders[0], self.manifests[0])[torch.from_numpy(self._order(0))]
+        return found if rows is None else found[rows]
+
     def _order(self, which: int) -> np.ndarray:
         return np.argsort(self._keys[which], kind="stable")
 
@@ -116,6 +121,7 @@ class TraceFolder(Readable, RecordedTraces):
             "label": (0, np.int32),
             "answers": (E + 1, np.int32),
             "confidence": (E, np.float32),
+            "mark": (0, np.int64),
         }
         wanted["confidence_logits"] = (E, np.float32)
         if with_logits:
@@ -145,6 +151,7 @@ class TraceFolder(Readable, RecordedTraces):
             confidence_logits=found["confidence_logits"].T.contiguous(),
             confidence_name=LEARNED if again else model.confidence,
             calibrated=model.calibrated,
+            marks=found["mark"],
             **costs_of(model),
         )
         if again:  # the model has another confidence now than when its answers were recorded

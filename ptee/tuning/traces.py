@@ -61,7 +61,7 @@ class Traces:
         calibrated: the model's, or None.
         own: (E+1, n) classes that each exit answers by itself, if `answers` are blended; else None.
         times: of the pieces, if thresholds are to be chosen by seconds; else None.
-        marks: (n,) int64, by which images are known again; None of recorded traces.
+        marks: (n,) int64, by which images are known again. None: nothing is known of them.
     """
 
     answers: Tensor

@@ -14,7 +14,7 @@ from ptee._common.errors import Argument, DataError, warn
 from ptee._common.progress import Log
 from ptee._common.text import beside, number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
-from ptee.data.batches import CALIBRATED_ON, TRAINED_ON, WATCHED, sample_of_marks, share_known_again
+from ptee.data.batches import CALIBRATED_ON, TRAINED_ON, WATCHED, is_loader, sample_of_marks, share_known_again
 from ptee.data.labels import FEWEST, much_less_right
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
@@ -26,7 +26,7 @@ from ptee.production.curve import ROUNDING
 from ptee.tuning.config import EXAMPLES, Target, ThresholdsConfig, below
 from ptee.tuning.guarantee import promised, require_different, require_images
 from ptee.tuning.operating_points import operating_points
-from ptee.tuning.reachable import Margin, require_right
+from ptee.tuning.reachable import Margin, require_reachable, require_right
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import DEFAULTS, WITHIN, solve
 from ptee.tuning.traces import record
@@ -112,6 +112,10 @@ def _chosen(
 
     The labels are `trusted`, or they are refused where the backbone is near chance under them.
     """
+    if not is_loader(data) and hasattr(data, "__len__"):  # what is not possible is refused before the images are read
+        require_images(target, config.confidence, len(data), each_exit=config.each_exit)
+    if times is None:
+        require_reachable(target, model.plan.least_cost, config.margin)
     known, kinds = recorded(data), str(config.answers)
     if kinds == "auto" and known is not None and not known[0].can_give_logits(model, known[1]):
         kinds = OWN
@@ -163,8 +167,6 @@ def choose_thresholds(
         The images that are left to report on, a sentence about the split, and the solution.
     """
     parts = parts_for_tuning(unseen)
-    # before the backbone runs over them
-    require_images(target, config.confidence, len(parts.calibration), each_exit=config.each_exit)
     found, marks = _chosen(model, parts.calibration, target, config, times, trusted=True, **how)
     about = {"source": unseen.data.place, "files_sha256": unseen.data.split.get("files_sha256"), "images": parts.words}
     model.results = (model.results or {}) | {"tuning": about | {"marks": marks} | found.to_dict()}

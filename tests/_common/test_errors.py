@@ -90,6 +90,10 @@ def test_choices_that_end_or_begin_with_the_name_are_offered_first_and_the_short
     assert f"Did you mean {suggested}" in possible(name, choices, most=3)
 
 
+def test_beside_a_slip_of_a_letter_nothing_is_suggested_that_is_far_from_it():
+    assert possible("val_dat", ["val_data", "lambda"]) == " Did you mean 'val_data'? Choices: lambda, val_data."
+
+
 MANY = [f"layer{n}" for n in range(100)]
 
 

@@ -63,7 +63,7 @@ def test_thresholds_are_chosen_on_half_of_the_traces_and_measured_on_the_others(
     assert done.status == 0, done.err
     tuning = read_json(finished, "config.json")["results"]["tuning"]
     assert tuning["images"] == (
-        "Thresholds are chosen on 20 of the 40 validation images, drawn with seed 0, and reported on the other 20."
+        "Thresholds are chosen on 20 of the 40 traced images, drawn with seed 0, and reported on the other 20."
     )
     found = json.loads(run("evaluate", finished, "--traces", traced, "--json").out)
     assert found["samples"] == 20

@@ -9,7 +9,7 @@ from images import levels, opened, write_folder
 
 from ptee._common.errors import DataError
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import class_orders, map_labels, near_chance, recorded_classes, relabelled
+from ptee.data.labels import LabelMap, class_orders, map_labels, names_differ, near_chance, recorded_classes, relabelled
 
 THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
 
@@ -39,7 +39,12 @@ THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
             None,
             r"cannot be mapped to the backbone's 3, so the images count as unlabelled\.$",
         ),  # as where there are no labels
-        (["a", "b", "c"], 2, None, r"cannot be mapped to the backbone's 2, so the images count as unlabelled\.$"),
+        (
+            ["a", "b", "c"],
+            2,
+            None,
+            r"cannot be mapped to the backbone's 2, .* Leave out the folders that are .* If these are 2,",
+        ),
         (["²", "cat"], 3, None, "cannot be mapped"),
     ],
 )
@@ -123,6 +128,14 @@ def test_a_class_that_was_renamed_is_refused_and_never_numbered_anew():
     assert recorded_classes(["cat", "dog"], run, 3) == run
     assert recorded_classes(["0", "1", "2"], run, 3) is None  # other names altogether
     assert recorded_classes(["cafe\u0301"], ["caf\u00e9"], 1) == ["caf\u00e9"]
+
+
+def test_beside_a_doubt_it_is_said_that_no_folder_has_a_name_that_the_run_knows():
+    doubted = LabelMap((0, 1), "", doubt="The backbone is near chance.")
+    said = names_differ(doubted, ["Hund", "Katze"], ["cat", "dog"]).doubt
+    assert said == "The backbone is near chance. The run's own classes are cat, dog: none of these has such a name."
+    for labels, recorded in ((doubted, ["cat", "Hund"]), (doubted, []), (LabelMap((0, 1), ""), ["cat", "dog"])):
+        assert names_differ(labels, ["Hund", "Katze"], recorded) is labels
 
 
 @pytest.mark.parametrize(

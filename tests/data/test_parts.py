@@ -56,6 +56,13 @@ def test_what_is_written_is_read_without_images_that_cannot_be_read(whole):
     assert sorted(path.name for path in whole.iterdir()) == ["manifest.json", "part-0", "part-1", "unreadable.json"]
 
 
+def test_a_folder_of_another_version_is_refused_with_what_to_do(whole):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    (whole / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1}))
+    with pytest.raises(DataError, match=r"of another version: schema_version.*Delete the folder, and make it again\."):
+        read_whole(whole, "traces")
+
+
 def test_half_a_part_is_not_there_and_the_next_writer_goes_on(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), begun(out) as writer:
@@ -123,9 +130,9 @@ def test_a_lock_that_is_a_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("about", "planned", "said"),
     [
-        ({**ABOUT, "heads": "b"}, 2, r"another heads \(a, now b\)"),
-        ({**ABOUT, "source": {"kind": "tar", "bytes": 5}}, 2, r"another source \(bytes: 4, now 5\)"),
-        (ABOUT, 3, r"another number of parts \(2, now 3\)"),
+        ({**ABOUT, "heads": "b"}, 2, r"another heads \(a; now b\)"),
+        ({**ABOUT, "source": {"kind": "tar", "bytes": 5}}, 2, r"another source \(bytes: 4; now 5\)"),
+        (ABOUT, 3, r"another number of parts \(2; now 3\)"),
     ],
 )
 def test_rows_of_something_else_are_replaced_only_if_asked_for(about, planned, said, whole):

@@ -205,6 +205,12 @@ def test_where_rounds_of_the_speed_differ_much_a_sentence_says_so():
     assert "rounds" not in str(replace(noisy, spread=0.1))
 
 
+def test_where_rounds_differ_much_nothing_is_concluded_from_the_speed():
+    slower = replace(results_with(**GOOD, speedup=0.8), spread=0.1)
+    assert "the measured time is 1.25 times" in slower.bottom_line
+    assert replace(slower, spread=0.83).bottom_line == ""
+
+
 def test_the_last_line_is_that_early_exits_do_not_pay():
     text = str(replace(results_with(**GOOD | {"cost": 0.96}), outcome="Target: kept.")).splitlines()
     assert text[-2] == "Target: kept."

@@ -109,7 +109,8 @@ def test_the_folder_of_its_run_adds_the_training_and_the_recipe(fitted, tmp_path
     how = {"pictures": False, "lines": ["own"], "drops": [0.1], "calibration_data": unlabelled}
     page = ptee.write_report(folder, unlabelled, out=tmp_path / "own.html", backbone=model.backbone, **how)
     assert "training" in shown(page) and "gallery" not in shown(page)
-    assert "max_cost: 2.0" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "max_cost: 2.0" in text and re.search(r">thresholds</t[dh]>\s*<td>Thresholds are chosen on ", text)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -76,6 +76,9 @@ def test_heads_learn_from_a_cache_as_from_the_images(a_run, shards, folder):
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert one.plan == two.plan
+    for model in (one, two):  # both know their images again
+        with pytest.warns(UserWarning, match="^The heads were trained on these images"):
+            ptee.tune(model, pictures(a_run, shards), max_fidelity_drop=0.5)
 
 
 def test_a_training_from_a_cache_goes_on_where_it_was(a_run, folder, tmp_path):

@@ -93,6 +93,22 @@ def test_functions_take_a_folder_in_place_of_images(a_run, shards, folder):
     assert found.samples == 30
 
 
+def test_images_are_known_again_in_a_folder_of_traces_and_by_it(a_run, shards, folder, tmp_path):
+    model, pictures = ptee.load(a_run), Pictures(a_run, shards)
+    assert set(folder.marks(None).tolist()) == set(record(model, pictures).marks.tolist())
+    assert torch.equal(folder.traces(model, rows=None, logits=False, own=True).marks, folder.marks(None))
+    ptee.calibrate(model, folder)  # h of these images cannot show what it guarantees on them
+    with pytest.raises(DataError, match=r"^The confidence was calibrated on these images.* confidence=0\.9 guarantees"):
+        ptee.tune(model, pictures, max_fidelity_drop=0.6, confidence=0.9)
+    model = ptee.load(a_run)
+    ptee.train(model, pictures, epochs=1, views=1)
+    with pytest.raises(DataError, match=r"^Nothing can be guaranteed here\. The heads were trained on these images"):
+        ptee.tune(model, folder, max_fidelity_drop=0.6, confidence=0.9)
+    model.save_pretrained(tmp_path / "run")
+    with pytest.warns(UserWarning, match="^The heads were trained on these images, so results may be better here"):
+        ptee.record(tmp_path / "run", shards, tmp_path / "out")
+
+
 def test_a_model_that_was_calibrated_since_gets_its_new_confidence(a_run, folder):
     model = ptee.load(a_run)
     ptee.calibrate(model, folder)
@@ -224,7 +240,7 @@ def test_another_file_of_classes_is_other_labels(a_run, tmp_path):
         out = tmp_path / make.__name__
         for _ in range(2):
             make(a_run, tmp_path / "data", out, classes=tmp_path / "one.txt")
-        with pytest.raises(DataError, match=r"of another class_order .*overwrite"):
+        with pytest.raises(DataError, match=r"of another class order .*finished.*overwrite"):
             make(a_run, tmp_path / "data", out, classes=tmp_path / "two.txt")
 
 

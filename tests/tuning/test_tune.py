@@ -52,6 +52,29 @@ def test_a_target_that_is_refused_leaves_the_thresholds_as_they_were(target):
     assert model.threshold == [0.3, 0.6]
 
 
+class Unread(torch.utils.data.Dataset):
+    """Images that nobody may read."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("an image was read")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"max_cost": 0.001}, r"^max_cost=0\.001 cannot be reached: the lowest possible cost is 0\.\d+ "),
+        ({"max_fidelity_drop": 0.01, "confidence": 0.95}, "needs at least 299 images, and 60 images are there"),
+    ],
+    ids=str,
+)
+def test_what_is_not_possible_is_refused_before_an_image_is_read(target, said):
+    with pytest.raises(PteeError, match=said):
+        ptee.tune(made(), Unread(), **target)
+
+
 def test_a_drop_of_accuracy_is_refused_where_the_backbone_is_near_chance_under_the_labels():
     model, x = made(), torch.randn(60, *small.SIZE)
     answers = model.bare(x).argmax(-1)
