@@ -102,11 +102,11 @@ def test_images_are_known_again_in_a_folder_of_traces_and_by_it(a_run, shards, f
         ptee.tune(model, pictures, max_fidelity_drop=0.6, confidence=0.9)
     model = ptee.load(a_run)
     ptee.train(model, pictures, epochs=1, views=1)
-    with pytest.raises(DataError, match=r"^Nothing can be guaranteed here\. The heads were trained on these images"):
-        ptee.tune(model, folder, max_fidelity_drop=0.6, confidence=0.9)
     model.save_pretrained(tmp_path / "run")
     with pytest.warns(UserWarning, match="^The heads were trained on these images, so results may be better here"):
-        ptee.record(tmp_path / "run", shards, tmp_path / "out")
+        found = ptee.record(tmp_path / "run", shards, tmp_path / "out")
+    with pytest.raises(DataError, match=r"^Nothing can be guaranteed here\. The heads were trained on these images"):
+        ptee.tune(model, found, max_fidelity_drop=0.6, confidence=0.9)
 
 
 def test_a_model_that_was_calibrated_since_gets_its_new_confidence(a_run, folder):
