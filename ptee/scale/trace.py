@@ -107,7 +107,7 @@ def record(
     if labels is None or not labels.doubt:  # now all images can tell
         tell_labels(labels_as_recorded(model.origin, *found.backbone_answers(model)), log, word)
     if seen := known_images(model, found.marks(None), own=False):
-        warn(seen)
+        (warn if log is None else log)(seen)
     return found
 
 

@@ -13,7 +13,7 @@ from ptee.tuning.config import Promise, Target, below
 from ptee.tuning.traces import Score, Traces
 
 RISKY = (
-    " Other thresholds would cost less here, but would probably lose more than the limit on new images. "
+    "Other thresholds would cost less here, but would probably lose more than the limit on new images. "
     "ptee tune RUN --{} {:g} --margin 0 (in Python: margin=0) takes them nevertheless."
 )
 
@@ -100,12 +100,17 @@ class Solution(Readable):
     def __str__(self) -> str:
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
-        return (
-            f"Target: {self.target}{self._how_sure}.\nChosen: {self._chosen} On the {number_of(self.samples, 'image')} that this was chosen on: "
-            f"{accuracy}fidelity {s.fidelity:.4f}, cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._with_weights}{self._too_few}{self._few_images}"
-            + (f"\n{self.remark}" if self.remark else "")
-            + (f"\n{self.promise.without(self.price, self.unit)}" if self.promise else "")
-        )
+        on_these = f"On the {number_of(self.samples, 'image')} that this was chosen on: {accuracy}fidelity {s.fidelity:.4f}, "
+        lines = [
+            f"Target: {self.target}{self._how_sure}.",
+            f"Chosen: {self._chosen}",
+            f"{on_these}cost {s.cost:.4f} of the multiply-accumulates{self._time}.{self._with_weights}",
+            self._too_few,
+            self._few_images,
+            self.remark,
+            self.promise.without(self.price, self.unit) if self.promise else "",
+        ]
+        return "\n".join(filter(None, lines))
 
     @property
     def _how_sure(self) -> str:
@@ -133,7 +138,7 @@ class Solution(Readable):
             return RISKY.format(self.target.kind.replace("_", "-"), self.target.limit)
         if not 0 < self.target.limit <= self.margin:
             return ""
-        return " All that may be lost is in reserve: with more images to choose on, less reserve is needed, and more is saved."
+        return "All that may be lost is in reserve: with more images to choose on, less reserve is needed, and more is saved."
 
     @property
     def _few_images(self) -> str:
@@ -141,8 +146,7 @@ class Solution(Readable):
         on_average = self.promise is None and bool(self.on_exits)
         of_cost = self.target.kind == "max_cost"
         few = too_few_for_cost(self.samples) if of_cost else too_few(self.samples, self.target.limit)
-        words = few if on_average else ""
-        return f" {words}".rstrip()
+        return few if on_average else ""
 
     @property
     def _time(self) -> str:

@@ -250,7 +250,7 @@ def test_where_no_weights_were_fitted_it_says_so_of_all_the_images_and_speaks_of
     said = str(found := solve(few, Target("max_drop", 0.02), answers="blended"))
     right = 200 - wrong
     assert (
-        f"200 images, {right} of which the backbone answers right, are too few to fit weights to: all answers weigh the same. "
+        f"200 images, {right} of which the backbone answers right, are too few to fit weights to: all answers weigh the same.\n"
         "On the 200 images that this was chosen on: accuracy"
     ) in said
     assert "no image is answered" not in said and not found.weights_fitted

@@ -330,7 +330,7 @@ def test_a_solution_can_be_written_as_json_and_prints_as_text():
     assert json.loads(json.dumps(found.to_dict()))["threshold"] == [0.5, NEVER, 0.75]
     assert str(found) == (
         "Target: accuracy at most 0.02 below the backbone's, on average.\n"
-        "Chosen: T = 0.5, off, 0.75. Exits that are off do not pay, and the cost is without their heads. On the 1,200 images that "
+        "Chosen: T = 0.5, off, 0.75. Exits that are off do not pay, and the cost is without their heads.\nOn the 1,200 images that "
         "this was chosen on: accuracy 0.8800 (0.0200 below the backbone's), fidelity 0.9500, cost 0.4000 of the "
         "multiply-accumulates."
     )
