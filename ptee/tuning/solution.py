@@ -100,7 +100,9 @@ class Solution(Readable):
     def __str__(self) -> str:
         drop, s = self.drop, self.score
         accuracy = "" if drop is None else f"accuracy {s.accuracy:.4f} ({below(drop)} the backbone's), "
-        on_these = f"On the {number_of(self.samples, 'image')} that this was chosen on: {accuracy}fidelity {s.fidelity:.4f}, "
+        on_these = (
+            f"On the {number_of(self.samples, 'image')} that this was chosen on: {accuracy}fidelity {s.fidelity:.4f}, "
+        )
         lines = [
             f"Target: {self.target}{self._how_sure}.",
             f"Chosen: {self._chosen}",
