@@ -309,6 +309,11 @@ class Parts(NamedTuple):
         return f"Thresholds are chosen on {self.chosen_on} and reported on {self.reported_on}."
 
     @property
+    def words_of_lines(self) -> str:
+        """The sentence for a table in which each line has thresholds that are chosen on these images."""
+        return f"The thresholds of each line are chosen on {self.chosen_on} and reported on {self.reported_on}."
+
+    @property
     def words_of_others(self) -> str:
         """The sentence for thresholds that the user gives."""
         return f"The run's own thresholds were chosen on {self.chosen_on} and those given are measured on {self.reported_on}."

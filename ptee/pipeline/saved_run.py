@@ -269,7 +269,7 @@ def compare_runs(
     parts = parts_for_all([run.unseen for run in runs.values()])
     data = first.unseen.data
     others = _prepared_otherwise(how.get("static") or {}, first.model.origin.input)
-    about = " ".join([f"{data.source}{data.unread}. {parts.words}", *others])
+    about = " ".join([f"{data.source}{data.unread}. {parts.words_of_lines}", *others])
     log(f"{about} {first.accuracy}")
     return compare({name: run.model for name, run in runs.items()}, parts.calibration, parts.report, about=about, **how)
 

@@ -35,7 +35,10 @@ def test_compare_puts_runs_and_a_smaller_network_side_by_side(run, finished, thi
     static = ("--static", f"cifar_resnet8={things / 'weights.safetensors'}")
     done = run("compare", finished, "twin", *static, "--drops", "0,0.5", "--lines", "own,oracle", "--json")
     assert done.status == 0, done
-    assert "Thresholds are chosen on the 3 calibration images and reported on the 3 validation images." in done.err
+    assert (
+        "The thresholds of each line are chosen on the 3 calibration images and reported on the 3 validation images."
+        in done.err
+    )
     found = json.loads(done.out)
     lines = {each["name"]: each["entries"] for each in found["lines"]}
     assert lines["out"] == lines["twin"]
