@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 2**20  # bytes
 AGAIN = "Export the model again."
+ELSEWHERE, LENGTH_ENDS = b"location", (8, 0)  # a length of 8 is the byte 8, or written longer, 0 at its end
 _NOT_KNOWN = "The mean and std of the images are not recorded (nobody gave them)"
 _GIVE_THEM = "or export the model again with them: ptee.export(model, FOLDER, mean=..., std=...)."
 PIXELS_NOT_KNOWN = (
@@ -149,6 +151,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise RunError(f"{file} was changed. Only thresholds may be changed by hand. {AGAIN}")
     for piece in found.pieces:
         _require_whole(folder / piece.file, piece.sha256)
+        if found.format == "onnx":
+            _require_own_weights(folder / piece.file)
     return found
 
 
@@ -157,3 +161,18 @@ def _require_whole(file: Path, expected: str) -> None:
         raise RunError(f"{file} is missing. {AGAIN}")
     if file_hash(file) != expected:
         raise RunError(f"{file} was changed after the export. {AGAIN}")
+
+
+def _require_own_weights(file: Path) -> None:
+    """Refuse an ONNX file with weights in other files: no hash covers these, and a stranger may name any file of this machine.
+
+    Each such weight says where it is behind the key `location`, which protobuf writes behind its length of 8 letters.
+    """
+    if not file.stat().st_size:
+        return
+    with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+        place = content.find(ELSEWHERE)
+        while place >= 0:
+            if place and content[place - 1] in LENGTH_ENDS:
+                raise RunError(f"{file} has weights in another file, which is not read. {AGAIN}")
+            place = content.find(ELSEWHERE, place + 1)

@@ -100,7 +100,8 @@ class Budget(Readable):
         title = ("kept", "passes", "hours", "cache", "fits", "how")
         rows = []
         for c in self.choices:
-            hours, size = f"{c.hours:.2f}{' or more' * (c.keeps == POOLED)}", amount(c.size) if c.size else "-"
+            hours = f"{c.hours:,.{0 if c.hours >= 100 else 2}f}{' or more' * (c.keeps == POOLED)}"
+            size = amount(c.size) if c.size else "-"
             rows.append((c.keeps, str(c.passes), hours, size, "yes" if c.fits else "no", c.how))
         rates = f"{self.backbone_rate:,.0f} images a second through the backbone and {self.heads_rate:,.0f} through the heads"
         head = f"{self.images:,} images, {self.epochs} epochs, {self.views} views; measured on {self.device}: {rates}."

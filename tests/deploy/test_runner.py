@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from device import drawn
 from extras import needs_onnx
 from PIL import Image
 from small import SIZE, made
+from torch import nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError
-from ptee.deploy.manifest import MAX_ROWS
+from ptee._common.files import file_hash
+from ptee.deploy.manifest import MANIFEST, MAX_ROWS, fingerprint
 from ptee.deploy.runner import Runner, _program, onnx_piece
 
 
@@ -47,6 +51,37 @@ def test_a_gpu_that_is_not_there_is_named_and_not_the_file(exported):
     device = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(PteeError, match=f"device='{device}' is not possible: .* here. Give 'cpu' or another."):
         ptee.load_exported(exported, device)
+
+
+@needs_onnx
+@pytest.mark.parametrize("where", ["weights.bin", "../weights.bin", "/dev/zero"])
+def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, tmp_path):
+    import onnx
+
+    folder = ptee.export(made(), tmp_path / "out", format="onnx")
+    values = json.loads((folder / MANIFEST).read_text())
+    file = folder / values["pieces"][-1]["file"]
+    network = onnx.load(file)
+    weight = max(network.graph.initializer, key=lambda each: len(each.raw_data))
+    for place in (folder, tmp_path):
+        (place / "weights.bin").write_bytes(weight.raw_data)
+    onnx.external_data_helper.set_external_data(weight, where, 0, len(weight.raw_data))
+    weight.ClearField("raw_data")
+    file.write_bytes(network.SerializeToString())
+    values["pieces"][-1]["sha256"] = file_hash(file)
+    (folder / MANIFEST).write_text(json.dumps(values | {"fingerprint": fingerprint(values)}))
+    with pytest.raises(RunError, match=rf"{file.name} has weights in another file, which is not read\. Export the"):
+        ptee.load_exported(folder)
+
+
+@needs_onnx
+def test_a_module_may_be_called_location(tmp_path):
+    layers = {"allocation": nn.Conv2d(3, 8, 3), "location": nn.Conv2d(8, 8, 3), "flat": nn.Flatten()}
+    network = nn.Sequential(nn.Sequential(OrderedDict(layers)), nn.Linear(8 * 4 * 4, 4))
+    model = ptee.augment(network, exits=["0.allocation"], head="pool", input_size=(3, 8, 8))
+    folder = ptee.export(model, tmp_path / "out", format="onnx")
+    assert b"location" in b"".join(file.read_bytes() for file in folder.glob("*.onnx"))
+    ptee.load_exported(folder)
 
 
 @needs_onnx
