@@ -53,7 +53,7 @@ SAME = 1e-4  # share of the largest logit
 EXAMPLE_ROWS = 5
 FOR_EACH_EXIT = 7  # the batch that is answered once more for each exit
 PIXELS_IN_CARD = """
-`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes ImageNet's.
+`images` are prepared as for the backbone itself: their mean and std are not recorded, so `runner.images` takes no pictures.
 """
 NEAR, FROM_THE_ENDS = 1e-6, 1e-5  # a confidence so near to a threshold may round to either side of it
 

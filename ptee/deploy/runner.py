@@ -23,7 +23,7 @@ from ptee._common.text import as_shares, number_of, one_line, type_name
 from ptee._common.validation import checked, named
 from ptee.data.pixels import FORMATS, model_input
 from ptee.deploy.arrays import Array, answers_at_end, as_numpy, join_rows, like, select_rows
-from ptee.deploy.manifest import MAX_ROWS, PIXELS_NOT_KNOWN, Manifest, read_manifest
+from ptee.deploy.manifest import MAX_ROWS, PICTURES_NOT_KNOWN, Manifest, read_manifest
 from ptee.exits.config import doubt, require_no_percentage, threshold_numbers, wrong_number
 
 
@@ -193,10 +193,18 @@ class Runner:
             raise ValueError(f"answers have the shape {tuple(out.logits.shape)}")
 
     def images(self, paths: Sequence[str | Path]) -> Array:
-        """Pictures from files, as the model takes them: (b, c, h, w)."""
-        if not self.manifest.pixels_known:
-            warn(PIXELS_NOT_KNOWN)
+        """Pictures from files, as the model takes them: (b, c, h, w).
+
+        Raises:
+            PteeError: if one cannot be read, or nobody said how they are normalised.
+        """
+        self.require_pixels_known()
         return self.from_host(np.stack([self._picture(path) for path in paths]))
+
+    def require_pixels_known(self) -> None:
+        """Refuse pictures if nobody said by which mean and std they are normalised."""
+        if not self.manifest.pixels_known:
+            raise PteeError(PICTURES_NOT_KNOWN)
 
     def _picture(self, path: str | Path) -> np.ndarray:
         from PIL import Image
@@ -385,6 +393,7 @@ def _without_threshold(arguments: Sequence[str]) -> tuple[list[float] | None, li
 def _answered(folder: str, *paths: str, threshold: Sequence[float] | None = None) -> tuple[list[str], list[str]]:
     """A line for each picture, and one for each that cannot be read. `threshold`: other ones than those of the folder."""
     runner = load_exported(folder)
+    runner.require_pixels_known()
     if threshold is not None:
         runner.threshold = threshold
     read: list[tuple[str, np.ndarray]] = []
@@ -398,8 +407,6 @@ def _answered(folder: str, *paths: str, threshold: Sequence[float] | None = None
 
 
 def _lines(runner: Runner, pictures: Sequence[tuple[str, np.ndarray]]) -> list[str]:
-    if not runner.manifest.pixels_known:
-        warn(PIXELS_NOT_KNOWN)
     paths, pixels = zip(*pictures, strict=True)
     out = runner.predict(runner.from_host(np.stack(pixels)))
     rows = zip(paths, as_numpy(out.logits), out.exit_index, out.cost, strict=True)

@@ -94,8 +94,8 @@ class Job:
 def fit(
     model: str | nn.Module,
     train_data: Any,
-    *,
     val_data: Any = None,
+    *,
     calibration_data: Any = None,
     recipe: Any = None,
     out: str | Path | None = None,

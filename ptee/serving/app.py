@@ -211,7 +211,7 @@ class _Served:
     async def model(self, _: Request) -> Response:
         """What is served."""
         limits = {key: value for key, value in asdict(self.rules.limits).items() if key != "seconds"}
-        return JSONResponse(asdict(self.backend.about) | {"limits": limits, "threshold_bounds": self.rules.bounds})
+        return JSONResponse(self.backend.about.described() | {"limits": limits, "threshold_bounds": self.rules.bounds})
 
     async def settings(self, _: Request) -> Response:
         """Those in force."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,11 @@ class About:
     class_names: tuple[str, ...]
     exits: tuple[str, ...]
     pixels_known: bool = True
+
+    def described(self) -> dict[str, Any]:
+        """For a caller: what nobody knows is None."""
+        not_known = {} if self.pixels_known else dict.fromkeys(("mean", "std", "interpolation"))
+        return asdict(self) | not_known
 
 
 class Step(NamedTuple):

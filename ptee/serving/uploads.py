@@ -263,6 +263,8 @@ def _writeable(images: np.ndarray) -> np.ndarray:
 
 def _require_normalised(images: np.ndarray, about: About, whole: bool) -> None:
     """Refuse what looks like pixels that nobody normalised. Whole numbers (`whole`) mostly are such."""
+    if not about.pixels_known:
+        return
     low, high = _range(about)
     largest = max(-low, high)
     if np.abs(images).max(initial=0) <= max(PIXELS, math.ceil(largest) if whole else BEYOND * largest):

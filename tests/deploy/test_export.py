@@ -45,7 +45,7 @@ each_format = pytest.mark.parametrize("format", FORMATS)
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     early = made()
     early.threshold = [0.3, 0.7]
-    return ptee.export(early, tmp_path_factory.mktemp("exported") / "out")
+    return ptee.export(early, tmp_path_factory.mktemp("exported") / "out", mean=0.5, std=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +405,7 @@ def test_a_file_that_is_no_picture_is_refused_by_name(runner, tmp_path):
 @pytest.mark.slow
 @needs_onnx
 def test_a_model_in_onnx_answers_pictures_without_torch(tmp_path):
-    folder = ptee.export(made(), tmp_path / "out", format="onnx")
+    folder = ptee.export(made(), tmp_path / "out", format="onnx", mean=0.5, std=0.5)
     picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
     code = f"""
 import sys
@@ -424,7 +424,7 @@ def test_the_runner_calls_the_classes_as_the_data_of_the_run_does(tmp_path, caps
     model = made()
     names = [f"kind {k}" for k in range(model.num_classes)]
     model.results = {"data": {"split": {"classes": names}}}
-    folder = ptee.export(model, tmp_path / "out")
+    folder = ptee.export(model, tmp_path / "out", mean=0.5, std=0.5)
     picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
     assert runner_main([str(folder), str(tmp_path / "a.png")]) == 0
     number, name = re.search(r"class (\d+) \((.+?)\)", capsys.readouterr().out).groups()
@@ -478,7 +478,7 @@ def test_the_runner_says_how_it_is_called_with_status_2(capsys):
 
 
 def test_the_runner_takes_a_threshold_for_one_call(tmp_path, capsys):
-    folder = str(ptee.export(made(), tmp_path / "out"))
+    folder = str(ptee.export(made(), tmp_path / "out", mean=0.5, std=0.5))
     picture(200, "RGB", (20, 16)).save(tmp_path / "a.png")
     image = str(tmp_path / "a.png")
     for words, said in (
@@ -515,7 +515,7 @@ def test_the_help_of_the_runner_has_an_example(capsys):
 
 
 def test_beside_a_picture_that_cannot_be_read_the_runner_answers_the_others(tmp_path, capsys):
-    folder = str(ptee.export(made(), tmp_path / "out"))
+    folder = str(ptee.export(made(), tmp_path / "out", mean=0.5, std=0.5))
     good, bad, nowhere = (str(tmp_path / name) for name in ("good.png", "bad.png", "nowhere.png"))
     picture(200, "RGB", (20, 16)).save(good)
     Path(bad).write_text("no picture")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -22,7 +23,7 @@ import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee._common.files import file_hash
 from ptee.deploy.manifest import MANIFEST, MAX_ROWS, fingerprint
-from ptee.deploy.runner import Runner, _program, onnx_piece
+from ptee.deploy.runner import Runner, _program, main, onnx_piece
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +169,15 @@ def test_more_images_than_a_file_takes_are_refused_in_one_line(exported):
         runner.predict(torch.zeros(MAX_ROWS + 1, *SIZE, device="cpu"))
 
 
-def test_pictures_for_a_network_of_ones_own_are_not_normalised_by_imagenets_mean_unsaid(exported, tmp_path):
+def test_pictures_for_a_network_of_ones_own_are_never_normalised_by_imagenets_mean(exported, tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    with pytest.warns(UserWarning, match="mean and std of the images are not recorded .* ImageNet's"):
+    said = (
+        "mean and std of the images are not recorded .* so pictures cannot be prepared. Give `predict` images that you"
+    )
+    with pytest.raises(PteeError, match=said):
         ptee.load_exported(exported).images([tmp_path / "a.png"])
+    assert main([str(exported), str(tmp_path / "a.png")]) == 2
+    assert re.search(said, capsys.readouterr().err)
     assert "their mean and std are not recorded" in (exported / "README.md").read_text()
 
 

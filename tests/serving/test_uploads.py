@@ -226,3 +226,8 @@ def test_pictures_for_a_model_of_unknown_mean_and_std_are_refused():
     with pytest.raises(UploadError, match=r"by which mean and std .* Send an array") as refused:
         images_of(PNG, png(), about, LIMITS)
     assert refused.value.status == 415
+    loud = np.full(SIZE, 300.0, np.float32)  # of such a model nobody knows what its images are like
+    assert images_of(NPY, npy(loud), about, LIMITS).max() == 300
+    shown = about.described()
+    assert (shown["mean"], shown["std"], shown["interpolation"]) == (None, None, None)
+    assert ABOUT.described()["mean"] == ABOUT.mean
