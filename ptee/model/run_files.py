@@ -261,7 +261,7 @@ def record_of(
     keeps = not front and config.backbone.weights_file is not None
     if keeps and weights is not None:
         text = f" is of no use here: {folder} keeps the weights of its backbone, which learnt with the heads. Leave it out."
-        raise RunError(Argument("weights"), text, argument="weights")
+        raise RunError(Argument("weights"), text)
     source = about.source if weights is None else about.source | {"weights": {"file": str(weights)}}
     with rebuilding(argument):
         request = checked_record(source)[1]

@@ -166,7 +166,7 @@ def fit(
     labels = undoubted(labels_of(data, backbone, resolve_device(device)), chosen)
     if input_size is not None and found != (size := tuple(backbone.input.input_size)):
         text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
-        raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
+        raise PteeError(Argument("input_size", str(size)), text, value=input_size)
     adapted = for_training(recipe_for(labels, chosen), data)
     words = describe_labels(labels) + described_change(chosen, adapted)
     (log or (warn if labels.doubt or labels.gap else silent))(words)

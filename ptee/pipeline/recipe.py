@@ -342,7 +342,7 @@ def _refuse_outside(name: str, value: Any, path: str) -> None:
     key = "number" if path_for(name, value) == "exits.places" and isinstance(value, int) else key
     right = f"{key}: {str(value).replace(chr(39), ''):.60}"
     text = f" stands at the wrong place. Write {f'{section}: {{{right}}}' if section else right}."
-    raise PteeError(Argument(path, f"{value!r:.60}"), text, argument=path, value=value)
+    raise PteeError(Argument(path, f"{value!r:.60}"), text, value=value)
 
 
 # ---------------------------------------------------------------------------------------------------- names of settings

@@ -217,7 +217,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tu
     """
     if resume and overwrite:
         anew, text = Argument("overwrite", "True"), " goes on with a training, and "
-        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.", argument="resume")
+        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.")
     require_writable(out)
     settle(out)
     unfinished = is_interrupted(out)

@@ -111,7 +111,6 @@ def bench_exported_folder(
                 " is about images. Give some: ",
                 Argument("data", "FOLDER"),
                 ".",
-                argument=name,
             )
     with devices.threads(threads):
         runner = load_exported(folder, str(device), threads=torch.get_num_threads())

@@ -158,7 +158,7 @@ def best_within(curve: Curve, wish: Wish) -> Point:
         enough = f"{math.ceil(least * 1e4) / 1e4:.4f}".rstrip("0").rstrip(".")  # a rounded one might be refused
         raise PteeError(
             Argument(name, f"{limit:g}"), f" is below everything on the curve of this run, which begins at {least:.4f}. Give ",
-            Argument(name, enough), " or more.", argument=name, value=limit,
+            Argument(name, enough), " or more.", value=limit,
         )  # fmt: skip
     if "drop" in name:
         return min(within, key=lambda point: (point.price, point.lost, point.fidelity_drop))

@@ -378,5 +378,5 @@ def optimize(
         model = copy.deepcopy(model).to(dtype)
     if max_memory is not None and not (isinstance(max_memory, int | float) and 0 < max_memory < math.inf):
         text = " is no number of GiB above 0. Leave it out for no limit."
-        raise PteeError(Argument("max_memory", shown(max_memory)), text, argument="max_memory", value=max_memory)
+        raise PteeError(Argument("max_memory", shown(max_memory)), text, value=max_memory)
     return OptimizedModel(model, most, mode, None if max_memory is None else int(max_memory * GIB))

@@ -125,9 +125,7 @@ def engine_of(engine: str, workers: int) -> Any:
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES, argument="engine")
     if workers < 1:
-        raise PteeError(
-            Argument("workers", str(workers)), " is too few. Give 1 or more.", argument="workers", value=workers
-        )
+        raise PteeError(Argument("workers", str(workers)), " is too few. Give 1 or more.", value=workers)
     arrow()
     if engine == "ray":
         ray_engine.require_ray()
