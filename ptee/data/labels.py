@@ -17,7 +17,7 @@ from typing import Any
 
 from ptee._common.errors import Advice, Argument, DataError, PteeError, some
 from ptee._common.files import as_path, from_json
-from ptee._common.text import spelt
+from ptee._common.text import number_of, spelt
 from ptee._common.validation import LONGEST_NAME, is_name
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.splits import PARTS, Data
@@ -139,7 +139,7 @@ def map_labels(
         remedy = (
             f"Leave out the folders that are none of its classes. If these are {num_classes}, they count as its own.",
         )
-    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}, so the images count as unlabelled."
+    reason = f"The {number_of(n, 'class')} ({named}) cannot be mapped to the backbone's {num_classes}, so the images count as unlabelled."
     return LabelMap(None, reason, remedy=remedy)
 
 
@@ -163,7 +163,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     place = {spelt(name): index for index, name in enumerate(names)}
     if len(names) != num_classes:
         raise DataError(
-            f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
+            f"{where} names {number_of(len(names), 'class')}, but the backbone has {num_classes:,}: name all of them."
         )
     if strange := [name for name in class_names if spelt(name) not in place]:
         if _are_adorned(class_names, place):

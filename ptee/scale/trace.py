@@ -150,7 +150,7 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
             f"; {manifest.unreadable:,} cannot be read and are named in unreadable.json" if manifest.unreadable else ""
         )
         log(
-            f"{manifest.rows:,} images in {len(manifest.parts)} part{'s' * (len(manifest.parts) != 1)} in {writer.folder}{bad}."
+            f"{manifest.rows:,} images in {number_of(len(manifest.parts), 'part')} in {writer.folder}{bad}."
             f"{_labelled(manifest, source)}"
         )
 

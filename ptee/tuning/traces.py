@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
+from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import device_of, running_on
 from ptee.data.batches import (
@@ -320,7 +321,7 @@ def _require_answers(unanswered: Tensor, data: object) -> None:
     if count := int(unanswered.sum()):
         first, n = int(unanswered.int().argmax()), len(unanswered)
         raise DataError(
-            f"The backbone's logits are NaN for {count:,} of {n:,} image{'s' * (n != 1)} (the first has the index {_place(data, first)}), so there "
+            f"The backbone's logits are NaN for {count:,} of {number_of(n, 'image')} (the first has the index {_place(data, first)}), so there "
             "is no answer to compare with. Leave such images out."
         )
 
