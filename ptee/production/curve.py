@@ -102,10 +102,7 @@ class Curve(Readable, ReadRecord):
         first = self.points[0]
         known = [name for name in ("cost", "time_ms", "drop", "fidelity_drop") if getattr(first, name) is not None]
         rows = [
-            (
-                *(f"{getattr(point, name):.4f}" for name in known),
-                ", ".join(threshold_words(point.threshold, self.off)),
-            )
+            (*(f"{getattr(point, name):.4f}" for name in known), ", ".join(threshold_words(point.threshold, self.off)))
             for point in self.points
         ]
         shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})

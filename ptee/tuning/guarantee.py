@@ -25,12 +25,7 @@ from ptee.exits.confidence import leaves
 from ptee.exits.config import NEVER
 from ptee.production.few_images import images_needed, least_limit
 from ptee.tuning.config import EXAMPLES, Promise, Target
-from ptee.tuning.p_values import (
-    images_needed_for_drop,
-    least_limit_of_drop,
-    p_value_of_drop,
-    p_value_of_share,
-)
+from ptee.tuning.p_values import images_needed_for_drop, least_limit_of_drop, p_value_of_drop, p_value_of_share
 from ptee.tuning.reachable import losses_of
 from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Traces
