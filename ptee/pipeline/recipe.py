@@ -305,7 +305,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
         raise _no_recipe(f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}") from why
     if not isinstance(values, dict):
-        raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.", argument="recipe")
+        raise _no_recipe(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.")
     return _with_names(values, f"recipe {path}")
 
 
