@@ -13,7 +13,7 @@ from torch import Tensor
 from ptee.evaluation.metrics import BINS
 from ptee.evaluation.results_table import BLENDED_END
 from ptee.exits.config import with_off
-from ptee.tuning.traces import Traces
+from ptee.tuning.traces import Traces, at_exits
 
 STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves
 COLUMNS = 20  # of a histogram of h
@@ -53,7 +53,7 @@ def step(traces: Traces, thresholds: Sequence[float], off: Sequence[int], t: flo
     kept = with_off(thresholds, off)
     traces = traces.by(kept)
     leaving = traces.leaving(kept)
-    score, right = traces.score(leaving, off), traces.right.gather(0, leaving[None])[0]
+    score, right = traces.score(leaving, off), at_exits(traces.right, leaving)
     shares, well = traces.shares(leaving), _shares(leaving[right], traces)
     wrong = [all_ - good for all_, good in zip(shares, well, strict=True)]
     return Step(t, score.accuracy, score.fidelity, score.cost, score.time, well, wrong)
@@ -106,7 +106,7 @@ def reliability(h: Tensor, true: Tensor) -> Reliability:
 
 def mixed_up(traces: Traces, leaving: Tensor, most: int = 12) -> list[tuple[int, int, int]]:
     """What early exits mix up that the backbone does not: (class, answer, images), the most frequent first."""
-    answers = traces.answers.gather(0, leaving[None])[0]
+    answers = at_exits(traces.answers, leaving)
     new = (answers != traces.truth) & (traces.bare == traces.truth) & (leaving < traces.exits)
     pairs = Counter(zip(traces.truth[new].tolist(), answers[new].tolist(), strict=True))
     return [(*pair, count) for pair, count in pairs.most_common(most)]
@@ -114,8 +114,7 @@ def mixed_up(traces: Traces, leaving: Tensor, most: int = 12) -> list[tuple[int,
 
 def put_right(traces: Traces, leaving: Tensor) -> int:
     """How many images early exits answer rightly that the backbone does not."""
-    answers = traces.answers.gather(0, leaving[None])[0]
-    return int(((answers == traces.truth) & (traces.bare != traces.truth) & (leaving < traces.exits)).sum())
+    return int((at_exits(traces.right, leaving) & (traces.bare != traces.truth) & (leaving < traces.exits)).sum())
 
 
 def changed_at_the_end(traces: Traces, leaving: Tensor) -> tuple[int, int]:
