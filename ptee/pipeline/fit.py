@@ -391,9 +391,7 @@ def _set_thresholds(
     model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job, times: Times | None
 ) -> tuple[tuple[Any, str], Solution | None]:
     """Set the thresholds. Returns the images to report on with a sentence about them, and the solution for the target."""
-    if target is None:
-        assert recipe.thresholds.threshold is not None  # else there is a target
-        model.threshold = recipe.thresholds.threshold
+    if target is None:  # `checked_model` has set those that were given
         return (data.validation, data.described(chosen=False)), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
     how = recipe.thresholds

@@ -105,7 +105,7 @@ def read_recorded(run: str) -> dict[str, Any]:
     """
     folder = Path(run)
     settle(folder)
-    metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
+    metrics = metrics_of(folder)
     try:
         _Recorded.model_validate(metrics)
         facts.recorded(metrics.get("results") or {})
