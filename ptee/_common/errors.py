@@ -77,14 +77,16 @@ class PteeError(ValueError):
 
     Args:
         parts: of the message, joined as they are: texts, and arguments that the user can give.
-        argument: the name of the argument that is wrong, if one is.
+        argument: the name of the argument that is wrong, if one is. Default: the one that the message begins with.
         value: what was given for it, the object itself; of a list of names, the one that is wrong.
     """
 
     def __init__(self, *parts: str | Argument, argument: str | None = None, value: Any = None) -> None:
         self.parts = tuple(map(_safe, parts))
         super().__init__(*self.parts)
-        self.argument, self.value = argument, value
+        first = self.parts[0] if self.parts else ""
+        self.argument = first.name if argument is None and isinstance(first, Argument) else argument
+        self.value = value
 
     def __str__(self) -> str:
         return self.worded(str)

@@ -35,10 +35,10 @@ def as_path(value: Any, argument: str) -> Path:
     text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else ""
     if not text or "\0" in text:
         given = Argument(argument, shown(value))
-        raise PteeError(given, " is no path. Give the name of a file or folder.", argument=argument, value=value)
+        raise PteeError(given, " is no path. Give the name of a file or folder.", value=value)
     if (plain := escaped(text)) != text:
         given = Argument(argument, plain)
-        raise PteeError(given, " has a name that is not UTF-8. Rename it.", argument=argument, value=value)
+        raise PteeError(given, " has a name that is not UTF-8. Rename it.", value=value)
     return expanded(text)
 
 

@@ -50,12 +50,13 @@ VERBS = {"": "", "is": " are", "does": " do"}  # as they follow several things
 def number_of(n: int, what: str, verb: str = "", *, which: str = "") -> str:
     """So many things of a kind; `which` says more of them, and a verb may follow.
 
-    >>> number_of(1, "image"), number_of(2000, "image")
-    ('1 image', '2,000 images')
+    >>> number_of(1, "image"), number_of(2000, "image"), number_of(3, "class")
+    ('1 image', '2,000 images', '3 classes')
     >>> number_of(1, "image", "is"), number_of(5, "other image", "is", which=" with labels")
     ('1 image is', '5 other images with labels are')
     """
-    return f"{n:,} {what}{which} {verb}".rstrip() if n == 1 else f"{n:,} {what}s{which}{VERBS[verb]}"
+    several = what + ("es" if what.endswith("s") else "s")
+    return f"{n:,} {what}{which} {verb}".rstrip() if n == 1 else f"{n:,} {several}{which}{VERBS[verb]}"
 
 
 def or_dash(value: float | None, form: str, unit: str = "") -> str:

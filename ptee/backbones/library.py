@@ -182,7 +182,7 @@ def per_channel(
         values = tuple(float(v) for v in (usual if given is None else given))
     except (TypeError, ValueError) as why:
         text = f" takes a number, or one for each channel, not {given!r:.80}."
-        raise BackboneError(Argument(argument), text, argument=argument, value=given) from why
+        raise BackboneError(Argument(argument), text, value=given) from why
     if len(values) == channels:
         return values
     if given is None:  # the model's own configuration has another number of channels

@@ -216,7 +216,7 @@ def _wrap(module: nn.Module, request: ModelRequest) -> Backbone:
     """The user's own module."""
     if request.args:
         text = " is for models given by name. Build the module with these arguments."
-        raise BackboneError(Argument("model_args"), text, argument="model_args", value=request.args)
+        raise BackboneError(Argument("model_args"), text, value=request.args)
     known = next(filter(None, (library.recognise(module) for library in LIBRARIES.values())), None)
     if known is None and request.input_size is None:
         text = f"{request.label} does not say how large its images are. "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ptee._common.errors import Advice, Argument, BackboneError
+from ptee._common.text import number_of
 from ptee.backbones.checkpoint import Checkpoint, refusal, shown
 from ptee.backbones.library import CHECK
 
@@ -353,7 +354,7 @@ def _other_shapes(checkpoint: Checkpoint, found: _Candidate, module: nn.Module) 
     classes = {(len(have[key]), len(own[key])) for key in wrong if have[key].dim() and own[key].dim()}
     if len(classes) == 1 and all(have[key].shape[1:] == own[key].shape[1:] for key in wrong):
         there, here = classes.pop()
-        text = f"{checkpoint.file} has {there} class{'es' * (there != 1)} ({shown(wrong)}), the model has {here}. "
+        text = f"{checkpoint.file} has {number_of(there, 'class')} ({shown(wrong)}), the model has {here}. "
         advice = ("Try ", Argument("num_classes", str(there)), ".")
         return BackboneError(text, *advice, argument="num_classes", value=here)
     shapes = [f"{shown([key])} {tuple(have[key].shape)}, not {tuple(own[key].shape)}" for key in wrong]

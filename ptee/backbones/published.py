@@ -167,12 +167,7 @@ class Advice(Readable):
         return name, str(row.side), f"{row.top1:.2%}", f"{share:.2g}", f"{gpu:.2g}x", cpu
 
 
-def advise(
-    model: str,
-    *,
-    drops: Sequence[float] = (0.0, 0.005, 0.01),
-    by: Sequence[str] = tuple(MEASURES),
-) -> Advice:
+def advise(model: str, *, drops: Sequence[float] = (0.0, 0.005, 0.01), by: Sequence[str] = tuple(MEASURES)) -> Advice:
     """Which published networks are as good as one of timm's, for less.
 
     Args:

@@ -15,6 +15,7 @@ from ptee.cli import options
 from ptee.cli.checks import require_times
 from ptee.cli.options import PREFIX, Numbers, Place, RunName, given_settings, in_groups
 from ptee.cli.values import how_of, names_of, refuse_given, require_runs, static_networks, where_of
+from ptee.model.run_files import metrics_of
 from ptee.pipeline.recorded import (
     FIGURES_OF_RUN,
     FIGURES_OF_SWEEP,
@@ -22,7 +23,6 @@ from ptee.pipeline.recorded import (
     WITHOUT_IMAGES,
     is_sweep,
     require_kind,
-    require_metrics,
 )
 
 OF_COMPARING = (
@@ -100,7 +100,7 @@ def report(run: str, against: tuple[str, ...], **o: Any) -> None:
             "needs images, and --recorded reads none. Leave one of them out.",
         )
     require_runs(*runs, **o | {"images": not o["recorded"]})
-    require_metrics(run)
+    metrics_of(Path(run))  # refuses what cannot be read
     by = require_comparing(runs, o)
     in_place = require_page(o["out"])
     if o["figures"] is not None:
@@ -150,7 +150,7 @@ def plot(run: str, kind: str, **o: Any) -> None:
     _refuse_unused(kind, of_sweep)
     if not of_sweep:
         require_runs(run, **o | {"images": kind not in WITHOUT_IMAGES})
-        require_metrics(run)
+        metrics_of(Path(run))  # refuses what cannot be read
     by = require_comparing([] if of_sweep else [run], o)
     require_name(o["out"], PICTURES, "out", "a picture")
     from ptee.pipeline.reported import recorded_figure, run_figure, sweep_figure

@@ -30,11 +30,7 @@ ADDRESS = option_group(
         "--token-file", type=File(), help="A file with a token: who sends that may change settings. Or set PTEE_TOKEN."
     ),
     option(
-        "--grace-s",
-        type=Real(0, 3600),
-        default=2.0,
-        show_default=True,
-        help="Seconds between SIGTERM and the end.",
+        "--grace-s", type=Real(0, 3600), default=2.0, show_default=True, help="Seconds between SIGTERM and the end."
     ),
 )
 LIMITS = option_group(

@@ -225,7 +225,7 @@ def refuse_of_run(run: str, o: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if o[name]:
             wrong = Argument(name, "True" if o[name] is True else "")
-            raise PteeError(wrong, f" is about a run, and {run} is an exported model. Leave it out.", argument=name)
+            raise PteeError(wrong, f" is about a run, and {run} is an exported model. Leave it out.")
 
 
 def refuse_given(options: Iterable[str], why: str) -> None:

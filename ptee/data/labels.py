@@ -13,14 +13,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptee._common.errors import Advice, Argument, DataError, PteeError, some
 from ptee._common.files import as_path, from_json
-from ptee._common.text import spelt
+from ptee._common.text import number_of, spelt
 from ptee._common.validation import LONGEST_NAME, is_name
-from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
 from ptee.data.splits import PARTS, Data
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGENET_CLASSES = 1000
 LIST = "The list of classes"
@@ -139,7 +142,7 @@ def map_labels(
         remedy = (
             f"Leave out the folders that are none of its classes. If these are {num_classes}, they count as its own.",
         )
-    reason = f"The {n} class{'es' * (n != 1)} ({named}) cannot be mapped to the backbone's {num_classes}, so the images count as unlabelled."
+    reason = f"The {number_of(n, 'class')} ({named}) cannot be mapped to the backbone's {num_classes}, so the images count as unlabelled."
     return LabelMap(None, reason, remedy=remedy)
 
 
@@ -163,7 +166,7 @@ def _map_by_names(class_names: Sequence[str], num_classes: int, classes: Sequenc
     place = {spelt(name): index for index, name in enumerate(names)}
     if len(names) != num_classes:
         raise DataError(
-            f"{where} names {len(names):,} class{'es' * (len(names) != 1)}, but the backbone has {num_classes:,}: name all of them."
+            f"{where} names {number_of(len(names), 'class')}, but the backbone has {num_classes:,}: name all of them."
         )
     if strange := [name for name in class_names if spelt(name) not in place]:
         if _are_adorned(class_names, place):
@@ -265,6 +268,26 @@ def _is_json(text: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ names in a run, labels on images
+
+
+def usable_labels(labels: Tensor, classes: int) -> tuple[Tensor | None, str]:
+    """The labels (n,), -1 where there is none; or None, and what is wrong with them, or nothing if there are none.
+
+    Raises:
+        DataError: if only some of the images have labels that are classes.
+    """
+    unknown = labels == UNKNOWN_LABEL
+    if unknown.all():
+        return None, ""
+    if unknown.any():
+        raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
+    fault = labels_of_other_classes(labels, classes)
+    return None if fault else labels, fault
+
+
+def no_accuracy(fault: str) -> str:
+    """The sentence on labels with this fault, or none."""
+    return fault and f"There is no accuracy for this data: {fault}."
 
 
 def classes_of_run(metrics: Any, num_classes: int) -> list[str]:

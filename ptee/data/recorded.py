@@ -31,7 +31,7 @@ class RecordedTraces(ABC):
 
     @abstractmethod
     def for_calibration(self, model: Any, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, str]:
-        """Log-odds (E, m) of each early exit's largest probability, answers (E+1, m), labels (m,) or None, and why there are none."""
+        """Log-odds (E, m) of each early exit's largest probability, answers (E+1, m), labels (m,) or None, and what is wrong with those that are there."""
 
     @abstractmethod
     def can_give_logits(self, model: Any, rows: Tensor | None) -> bool:

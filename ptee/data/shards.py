@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from ptee._common.errors import Argument, DataError, first_line, some
 from ptee._common.files import as_path, from_json, is_folder, packed_by, require_utf8
 from ptee._common.listing import EXTENSIONS, TarHeader, files_below, refuse_second_archive, require_usable
-from ptee._common.text import shown
+from ptee._common.text import number_of, shown
 from ptee.data.batches import UNKNOWN_LABEL
 from ptee.data.folders import list_files
 from ptee.data.parts import arrow
@@ -140,7 +140,7 @@ def _require_one_part(top: Path) -> None:
 def _beside(kind: str, files: Sequence[str]) -> tuple[str, ...]:
     """Files of the other kinds, in words."""
     found = {other: sum(file.lower().endswith(ENDINGS[other]) for file in files) for other in ENDINGS if other != kind}
-    return tuple(f"{n:,} {WORDS[other]}{'s' * (n != 1)} beside the {WORDS[kind]}s" for other, n in found.items() if n)
+    return tuple(f"{number_of(n, WORDS[other])} beside the {WORDS[kind]}s" for other, n in found.items() if n)
 
 
 def _listed(top: Path) -> list[str]:

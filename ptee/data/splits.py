@@ -134,7 +134,7 @@ class Data:
             f"{size:,} {use.get(part, f'for {part}')}" for part, size in self.split["sizes"].items() if size
         )
         n = len(self.class_names)
-        classes = f" of {n} class{'es' * (n != 1)}" if n else ""  # data sets from Python need not name them
+        classes = f" of {number_of(n, 'class')}" if n else ""  # data sets from Python need not name them
         plain = " (thresholds are chosen on the calibration images)" if drawn and chosen else ""
         on = CHOSEN_ON * chosen if is_watched else plain
         names, colon, how = self.split["rule"].partition(": ")

@@ -34,7 +34,9 @@ RECORD_AGAIN: Advice = (
     "order. Labels that are numbers must be mended where they stand.",
 )
 SORT_ALIKE: Advice = ("Sort the images of all parts into class folders alike.",)
-WORDS = {"train": "Training", "calibration": "Calibration", "validation": "Validation"}  # of each part
+WORDS = {
+    part: f"{word} images alone" for part, word in zip(PARTS, ("Training", "Calibration", "Validation"), strict=True)
+}
 TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 
 
@@ -67,7 +69,8 @@ def choose_class_order(
         return _one_level_up(first, data, backbone.num_classes)
     if not (check or len(maps) > 1):
         return first
-    images, answers, labels = _try(backbone.module, data, list(maps.values()), device)
+    tried = _try(backbone.module, data, list(maps.values()), device)
+    _, answers, labels = tried
     right = {name: _share_right(answers, labels, each) for name, each in maps.items()}
     best = max(right, key=lambda name: right[name])  # of equal ones the first
     if classes is None and recorded is not None:
@@ -76,26 +79,27 @@ def choose_class_order(
     found = maps[best]
     if best:
         found = replace(found, reason=_reason(maps, best, right, len(labels)))
-    doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
-    if doubted.doubt:
-        return doubted
-    if len(maps) > 1:
-        images, answers, labels = _try(backbone.module, data, [found], device)
-        doubted = _doubted(found, backbone, answers, labels, NAME_THEM)
-    doubted = replace(doubted, right=_by_part(data, images, answers, labels, found))
-    return doubted if doubted.doubt else _each_alone(doubted, backbone, data, device)
+    judged = _judged(found, backbone, data, NAME_THEM, device, tried)
+    if len(maps) > 1 and not judged.doubt:
+        judged = _judged(found, backbone, data, NAME_THEM, device)
+    if judged.doubt:
+        return judged
+    return each_part_alone(judged, data, lambda only: _judged(found, backbone, only, SORT_ALIKE, device), WORDS)
 
 
-def _each_alone(found: LabelMap, backbone: Any, data: Data, device: str | torch.device | None) -> LabelMap:
-    """The labels, which are doubted where those of one part are that the data deliver: the many images of another may hide them."""
+def each_part_alone(
+    found: LabelMap, data: Data, judge: Callable[[Data], LabelMap], words: Mapping[str, str]
+) -> LabelMap:
+    """The labels, which are doubted where those of one part are that the data deliver: the many images of another may hide them.
+
+    `judge` gives the labels of data that have one part only, and `words` how each part is called.
+    """
     given = [part for part in data.split.get("parts", ()) if len(getattr(data, part))]
     for part in given if len(given) > 1 else ():
-        only = replace(data, **{name: getattr(data, name) if name == part else [] for name in PARTS})
-        images, answers, labels = _try(backbone.module, only, [found], device)
-        alone = _doubted(found, backbone, answers, labels, SORT_ALIKE)
+        alone = judge(replace(data, **{name: getattr(data, name) if name == part else [] for name in PARTS}))
         if alone.doubt:
-            return replace(alone, doubt=f"{WORDS[part]} images alone: {alone.doubt}")
-        found = replace(found, right={**found.right, **_by_part(only, images, answers, labels, found)})
+            return replace(alone, doubt=f"{words[part]}: {alone.doubt}")
+        found = replace(found, right={**found.right, **alone.right})
     return found
 
 
@@ -106,16 +110,15 @@ def labels_as_given(backbone: Any, data: Data, *, device: str | torch.device | N
         DataError: if only some of them are class numbers, or the data cannot form batches of images.
     """
     found = LabelMap(tuple(range(backbone.num_classes)), "The labels are taken for the backbone's class numbers.")
-    images, answers, labels = _try(backbone.module, data, [found], device)
+    tried = _try(backbone.module, data, [found], device)
+    labels = tried[2]
     fault = labels_of_other_classes(labels, backbone.num_classes)
     remedy = ("Check that the labels are the backbone's class numbers.",)
     if fault:
         if ((labels >= 0) & (labels < backbone.num_classes)).any():
             remedy = ("Leave such images out, or number them as the backbone's classes.",)
         return replace(found, reason="", doubt=f"{fault[0].upper()}{fault[1:]}.", remedy=remedy)
-    return replace(
-        _doubted(found, backbone, answers, labels, remedy), right=_by_part(data, images, answers, labels, found)
-    )
+    return _judged(found, backbone, data, remedy, device, tried)
 
 
 def labels_as_recorded(backbone: Any, answers: Tensor, labels: Tensor) -> LabelMap:
@@ -269,6 +272,13 @@ def _reason(maps: dict[str, LabelMap], best: str, right: dict[str, float], n: in
 
 
 # ------------------------------------------------------------------------------------------------ doubts
+
+
+def _judged(found: LabelMap, backbone: Any, data: Data, remedy: Advice, device: Any, tried: Any = None) -> LabelMap:
+    """The labels, in doubt as of `_doubted`, and on which share of each part the backbone is right. `tried`: as of `_try`."""
+    images, answers, labels = tried or _try(backbone.module, data, [found], device)
+    doubted = _doubted(found, backbone, answers, labels, remedy)
+    return replace(doubted, right=_by_part(data, images, answers, labels, found))
 
 
 def _doubted(found: LabelMap, backbone: Any, answers: Tensor, labels: Tensor, remedy: Advice) -> LabelMap:

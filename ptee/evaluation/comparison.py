@@ -42,7 +42,17 @@ from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig, Target
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import curves, solve
-from ptee.tuning.traces import Score, Traces, as_answered, compact, record, repeated, require_same_images, truncation
+from ptee.tuning.traces import (
+    Score,
+    Traces,
+    as_answered,
+    at_exits,
+    compact,
+    record,
+    repeated,
+    require_same_images,
+    truncation,
+)
 from ptee.tuning.tune import known_images
 
 DROPS = DropsConfig().drops
@@ -380,18 +390,14 @@ def _cut_off(pair: Pair, n: int) -> Entry:
 def _entry(pair: Pair, leave: Callable[[Traces], Tensor], off: tuple[int, ...] = ()) -> Entry:
     """Cost and drop if each image leaves at the exit that `leave` gives for it, (n,)."""
     leaving = leave(pair.report)
-    losses, in_calibration = _losses(pair.report, leaving), _losses(pair.calibration, leave(pair.calibration))
+    losses = at_exits(pair.report.losses, leaving)
+    in_calibration = at_exits(pair.calibration.losses, leave(pair.calibration))
     score = pair.report.score(leaving, off)
     some_leave = bool((leaving < pair.report.exits).any())
     low, high = _interval(losses, some_leave)
     interval = (low if pair.report.targets is not None else max(low, 0.0), high)  # fidelity cannot be gained
     drops = losses.mean().item(), interval, in_calibration.mean().item()
     return Entry(None, score.price, *drops, off=off, fidelity=score.fidelity)
-
-
-def _losses(traces: Traces, leaving: Tensor) -> Tensor:
-    """(n,) what each image loses that leaves where `leaving` says."""
-    return traces.losses.gather(0, leaving[None])[0]
 
 
 def _interval(losses: Tensor, some_leave: bool) -> tuple[float, float]:

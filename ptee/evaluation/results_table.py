@@ -144,10 +144,12 @@ class Results(Readable):
         if self.all_off:
             off = "Every exit is off, so the backbone answers all images, whatever T is."
             instead = f"{CHEAPER}." if self.by_time else "Train longer, or give more images to choose T on."
-            return [f"{off} {ON_AGAIN.format(them='exits')} {instead}", *filter(None, [self.doubt])]
-        if min(self.threshold) > 1:
-            return [*filter(None, [self.doubt])]
-        return [words for words in (_collapsed(self), "" if self.doubt else _differs(self), self.bottom_line) if words]
+            wrong = [f"{off} {ON_AGAIN.format(them='exits')} {instead}"]
+        elif min(self.threshold) > 1:
+            wrong = []
+        else:
+            wrong = [_collapsed(self), "" if self.doubt else _differs(self)]
+        return [*filter(None, [*wrong, self.bottom_line])]
 
     @property
     def bottom_line(self) -> str:
@@ -169,17 +171,9 @@ class Results(Readable):
         some_off = bool(self.off) and not self.all_off
         again = ON_AGAIN.format(them="it" if len(self.off) == 1 else "them")
         off = f"Off: {_exits(self.off)}. No image leaves there, whatever T is. {again}"
-        last = [self.bottom_line] * bool(self.bottom_line)
-        before = self.verdict[: len(self.verdict) - len(last)]
-        noisy = [words for words in [noise([self.spread])] if words]
-        sentences = (
-            noisy
-            + [off] * some_off
-            + before
-            + [self.seen] * bool(self.seen)
-            + [self.outcome] * bool(self.outcome)
-            + last
-        )
+        last = self.bottom_line
+        before = self.verdict[:-1] if last else self.verdict
+        sentences = [*filter(None, [noise([self.spread]), off * some_off, *before, self.seen, self.outcome, last])]
         return (
             f"{self.backbone}, {number_of(self.samples, 'image')}; cost in multiply-accumulates{timed}\n"
             + (f"{self.note}\n" if self.note else "")

@@ -112,7 +112,7 @@ def _parameters(backbone: Backbone, places_by: str, times: TimesOfModules | None
         return None
     if times is not None:
         text = " and places by time are two ways to place exits. Leave out one of them."
-        raise PteeError(Argument.text("places_by", PARAMETERS), text, argument="places_by", value=places_by)
+        raise PteeError(Argument.text("places_by", PARAMETERS), text, value=places_by)
     return parameter_shares(backbone.module, backbone.input.input_size)
 
 

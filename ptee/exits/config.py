@@ -106,7 +106,7 @@ class ConfidenceConfig(FrozenConfig):
             if self.name not in (None, CALIBRATED) and value != type(self).model_fields[name].default:
                 raise PteeError(
                     Argument(name, repr(value)), " is about the calibrated confidence, and this one is ", Argument.text("name", self.name),
-                    ". Leave it out.", argument=name, value=value,
+                    ". Leave it out.", value=value,
                 )  # fmt: skip
         return self
 

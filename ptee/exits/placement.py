@@ -29,7 +29,7 @@ from itertools import pairwise
 from typing import Any
 
 from ptee._common.errors import Advice, Argument, BackboneError, CutError, some, unknown
-from ptee._common.text import as_shares
+from ptee._common.text import as_shares, number_of
 from ptee._common.validation import whole
 from ptee.analysis.blocks import blocks
 from ptee.analysis.cut_points import Cut, Survey, remedy, survey
@@ -402,9 +402,7 @@ class Placer:
 def _named_otherwise(named: Sequence[Any], asked: int) -> CutError:
     """Why exits that are named cannot be another number of exits. A recipe may have named them."""
     names, n = some([str(e) for e in named]), len(named)
-    given = (
-        f"{n} exit{'s are' if n != 1 else ' is'} named ({names}), {asked} {'are' if asked != 1 else 'is'} asked for."
-    )
+    given = f"{number_of(n, 'exit', 'is')} named ({names}), {asked} {'are' if asked != 1 else 'is'} asked for."
     text = f"{given} Leave the number out, or give a placement: "
     return CutError(text, Argument.text("exits", "pareto"), ".", argument="num_exits", value=asked)
 
@@ -414,7 +412,7 @@ def _as_number(wanted: list[Any]) -> Advice:
     number: Any = wanted[0] if len(wanted) == 1 and not isinstance(wanted[0], bool | str) else None
     if number is None or number not in range(1, 100):
         return ()
-    return (f" For {number:.0f} exit{'s' * (number > 1)}: ", Argument("num_exits", f"{number:.0f}"), ".")
+    return (f" For {number_of(int(number), 'exit')}: ", Argument("num_exits", f"{number:.0f}"), ".")
 
 
 def _as_fractions(wanted: list[Any]) -> Advice:

@@ -11,7 +11,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ptee._common.errors import PteeError
-from ptee._common.text import type_name
+from ptee._common.text import number_of, type_name
 from ptee.data.batches import odd_tensor, require_plain
 
 
@@ -34,7 +34,7 @@ def require_images(x: Any, channels: int) -> None:
             f"Images come as (b, c, h, w), and these are {tuple(x.shape)}, with the channels last. Give x.permute(0, 3, 1, 2)."
         )
     if x.shape[1] != channels:
-        have = f"{x.shape[1]} channel{'s' * (x.shape[1] != 1)}"
+        have = number_of(x.shape[1], "channel")
         raise PteeError(
             f"These images have {have}, and the model takes {channels}. {_with_channels(x.shape[1], channels)}"
         )

@@ -75,7 +75,7 @@ def read_run(folder: str | Path, **hub: Any) -> tuple[RunConfig, Path, Path | No
 def read_metrics(folder: Path) -> dict[str, Any]:
     """What was measured when a run was made, as its metrics.json says."""
     settle(folder)
-    metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
+    metrics = metrics_of(folder)
     if not isinstance(metrics.get("results"), dict):
         raise RunError(f"{folder} has no {METRICS} with results. Make the run again.")
     return metrics
@@ -113,7 +113,9 @@ def _sane(folder: str | Path, name: str, value: Any) -> None:
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
-    """All that the metrics.json of a run says."""
+    """All that the metrics.json of a run says; empty if there is none."""
+    if not is_file(folder / METRICS):  # reading a pipe would not end
+        return {}
     metrics = _json(folder, folder / METRICS)
     if not isinstance(metrics, dict):
         raise RunError(f"{folder}: {METRICS} is no JSON object. Copy the run again.")
@@ -261,7 +263,7 @@ def record_of(
     keeps = not front and config.backbone.weights_file is not None
     if keeps and weights is not None:
         text = f" is of no use here: {folder} keeps the weights of its backbone, which learnt with the heads. Leave it out."
-        raise RunError(Argument("weights"), text, argument="weights")
+        raise RunError(Argument("weights"), text)
     source = about.source if weights is None else about.source | {"weights": {"file": str(weights)}}
     with rebuilding(argument):
         request = checked_record(source)[1]

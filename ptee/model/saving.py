@@ -289,8 +289,7 @@ def update(
         if "fingerprint" in new[CONFIG]:
             new[CONFIG]["fingerprint"] = fingerprint(new[CONFIG])
         _require_loadable(folder, json.loads(to_json(new[CONFIG])))
-        if (folder / METRICS).is_file():
-            metrics = metrics_of(folder)
+        if metrics := metrics_of(folder):
             new[METRICS] = metrics | {key: value for key, value in fields.items() if key in metrics}
         texts = {name: to_json(values) + "\n" for name, values in reversed(new.items())}
         writers = {name: writer_of(text) for name, text in {**(more or {}), **texts}.items()}

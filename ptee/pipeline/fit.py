@@ -166,7 +166,7 @@ def fit(
     labels = undoubted(labels_of(data, backbone, resolve_device(device)), chosen)
     if input_size is not None and found != (size := tuple(backbone.input.input_size)):
         text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
-        raise PteeError(Argument("input_size", str(size)), text, argument="input_size", value=input_size)
+        raise PteeError(Argument("input_size", str(size)), text, value=input_size)
     adapted = for_training(recipe_for(labels, chosen), data)
     words = describe_labels(labels) + described_change(chosen, adapted)
     (log or (warn if labels.doubt or labels.gap else silent))(words)
@@ -391,9 +391,7 @@ def _set_thresholds(
     model: EarlyExitModel, data: Data, target: Target | None, recipe: Recipe, job: Job, times: Times | None
 ) -> tuple[tuple[Any, str], Solution | None]:
     """Set the thresholds. Returns the images to report on with a sentence about them, and the solution for the target."""
-    if target is None:
-        assert recipe.thresholds.threshold is not None  # else there is a target
-        model.threshold = recipe.thresholds.threshold
+    if target is None:  # `checked_model` has set those that were given
         return (data.validation, data.described(chosen=False)), None
     unseen = Unseen(str(job.out or data.source), data, data.validation, recipe.seed)
     how = recipe.thresholds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from ptee.data.pictures import Key, all_broken_named, image_transform
 from ptee.data.recorded import recorded
 from ptee.data.sources import open_data, open_named
 from ptee.data.splits import DATA_SETS, Data, complete
-from ptee.evaluation.class_order import choose_class_order, labels_as_given
+from ptee.evaluation.class_order import choose_class_order, each_part_alone, labels_as_given
 from ptee.evaluation.results_table import Results
 from ptee.exits.config import CALIBRATED, MAX_PROB
 from ptee.model.images import require_images, wrong_size
@@ -147,8 +148,9 @@ def labels_of(data: Data, backbone: Backbone, device: Any) -> LabelMap:
             name: part if any(_is_labelled(part, place) for place in (0, len(part) - 1)) else []
             for name, part in parts.items()
         }
-        found = labels_as_given(backbone, replace(data, **labelled), device=device)
-        return found if found.doubt else _each_alone(found, data, labelled, backbone, device)
+        data, judge = replace(data, **labelled), partial(labels_as_given, backbone, device=device)
+        found = judge(data)
+        return found if found.doubt else each_part_alone(found, data, judge, ARGUMENTS)
     except PteeError:
         raise
     except Exception as why:  # the backbone's own
@@ -158,17 +160,6 @@ def labels_of(data: Data, backbone: Backbone, device: Any) -> LabelMap:
             if image.shape[1:] != size:
                 raise wrong_size(image, size, first_line(why)) from why
         raise
-
-
-def _each_alone(found: LabelMap, data: Data, labelled: Mapping[str, Any], backbone: Backbone, device: Any) -> LabelMap:
-    """The labels, which are doubted where those of one data set of the user are: the many of another one may hide them."""
-    given = [part for part in data.split["parts"] if len(labelled[part])]
-    for part in given if len(given) > 1 else ():
-        only = replace(data, **{name: images if name == part else [] for name, images in labelled.items()})
-        if doubt := (alone := labels_as_given(backbone, only, device=device)).doubt:
-            return replace(alone, doubt=f"{ARGUMENTS[part]}: {doubt}")
-        found = replace(found, right={**found.right, **alone.right})
-    return found
 
 
 def _require_one_size(firsts: Mapping[str, Tensor], data: Data) -> None:

@@ -305,7 +305,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as why:
         raise _no_recipe(f"The recipe {path} cannot be read{in_line(why)}: {first_line(why)}") from why
     if not isinstance(values, dict):
-        raise PteeError(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.", argument="recipe")
+        raise _no_recipe(f"The recipe {path} is no YAML mapping such as 'training: {{epochs: 20}}'.")
     return _with_names(values, f"recipe {path}")
 
 
@@ -342,7 +342,7 @@ def _refuse_outside(name: str, value: Any, path: str) -> None:
     key = "number" if path_for(name, value) == "exits.places" and isinstance(value, int) else key
     right = f"{key}: {str(value).replace(chr(39), ''):.60}"
     text = f" stands at the wrong place. Write {f'{section}: {{{right}}}' if section else right}."
-    raise PteeError(Argument(path, f"{value!r:.60}"), text, argument=path, value=value)
+    raise PteeError(Argument(path, f"{value!r:.60}"), text, value=value)
 
 
 # ---------------------------------------------------------------------------------------------------- names of settings

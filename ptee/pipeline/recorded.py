@@ -20,7 +20,6 @@ from ptee.backbones.record import are_about_weights
 from ptee.model.heads_file import read_notes
 from ptee.model.run_files import (
     CHECKPOINT,
-    METRICS,
     OTHER_FOLDER,
     is_run,
     meant,
@@ -105,15 +104,9 @@ def require_tunable(run: str, *, keep: bool) -> None:
         raise RunError(f"There is no folder {run:.200}.{advice}")
     if keep:
         require_writable(folder, OTHER_FOLDER)
-    require_metrics(run)
+    metrics_of(folder)  # refuses what cannot be read
     if is_file(folder / RECIPE_FILE):
         make_recipe(folder)
-
-
-def require_metrics(run: str) -> None:
-    """Refuse a run whose metrics.json cannot be read, if there is one."""
-    if is_file(Path(run) / METRICS):
-        metrics_of(Path(run))
 
 
 def tuning_recipe(thresholds: Mapping[str, Any], batch_size: int) -> Recipe:
@@ -217,7 +210,7 @@ def new_folder(out: Path, *, overwrite: bool, resume: bool, tune: str = "ptee tu
     """
     if resume and overwrite:
         anew, text = Argument("overwrite", "True"), " goes on with a training, and "
-        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.", argument="resume")
+        raise RunError(Argument("resume", "True"), text, anew, " begins it anew. Give one of them.")
     require_writable(out)
     settle(out)
     unfinished = is_interrupted(out)

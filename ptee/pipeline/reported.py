@@ -105,7 +105,7 @@ def read_recorded(run: str) -> dict[str, Any]:
     """
     folder = Path(run)
     settle(folder)
-    metrics = metrics_of(folder) if (folder / METRICS).is_file() else {}
+    metrics = metrics_of(folder)
     try:
         _Recorded.model_validate(metrics)
         facts.recorded(metrics.get("results") or {})
@@ -237,7 +237,7 @@ def _require_times(saved: str, cost: str, at_batch: int, executor: str, own: boo
     by.require_used(name for name, value in how.items() if value != ThresholdsConfig.model_fields[name].default)
     if cost == TIME and not saved:
         text = " needs times, which the folder of a run keeps. Give the folder in place of the model."
-        raise PteeError(Argument.text("cost", cost), text, argument="cost", value=cost)
+        raise PteeError(Argument.text("cost", cost), text, value=cost)
     if cost == TIME and own and not is_file(Path(saved) / FILE):  # which no command can measure
         text = (
             f"{saved} keeps no times of its pieces. For a network of your own they are kept by ptee.fit(cost='time')."

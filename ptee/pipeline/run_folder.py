@@ -16,6 +16,7 @@ from pydantic import Field
 from ptee._common.devices import process_state
 from ptee._common.errors import Argument, DataError, Interrupted, PteeError, RunError, first_line
 from ptee._common.files import from_json, is_file, to_json
+from ptee._common.text import number_of
 from ptee._common.validation import FrozenConfig, Name, Number
 from ptee._common.writing import clear_unfinished, locked, write_json
 from ptee.data.pictures import Key, UnreadablePicturesError, check_pictures
@@ -107,8 +108,7 @@ def interrupted(out: Path | None, complete: int, *, resume: bool, overwrite: boo
     if not (complete or resume):
         as_it_was = f" What was in {out} is as it was." if overwrite else ""
         return Interrupted(f"No epoch of the exits was complete, so nothing was kept.{as_it_was}")
-    kept = f"{complete} complete epochs are" if complete > 1 else "1 complete epoch is"
-    kept = kept if complete else "What was trained before is"
+    kept = number_of(complete, "complete epoch", "is") if complete else "What was trained before is"
     return Interrupted(f"{kept} kept in {out}. {again}".strip())
 
 

@@ -107,11 +107,7 @@ def bench_exported_folder(
     for name, value in {"data_root": data_root, "classes": classes}.items():
         if value is not None and data is None:
             raise DataError(
-                Argument(name, str(value)),
-                " is about images. Give some: ",
-                Argument("data", "FOLDER"),
-                ".",
-                argument=name,
+                Argument(name, str(value)), " is about images. Give some: ", Argument("data", "FOLDER"), "."
             )
     with devices.threads(threads):
         runner = load_exported(folder, str(device), threads=torch.get_num_threads())

@@ -102,10 +102,7 @@ class Curve(Readable, ReadRecord):
         first = self.points[0]
         known = [name for name in ("cost", "time_ms", "drop", "fidelity_drop") if getattr(first, name) is not None]
         rows = [
-            (
-                *(f"{getattr(point, name):.4f}" for name in known),
-                ", ".join(threshold_words(point.threshold, self.off)),
-            )
+            (*(f"{getattr(point, name):.4f}" for name in known), ", ".join(threshold_words(point.threshold, self.off)))
             for point in self.points
         ]
         shown = table([(*(name.replace("_", " ") for name in known), "T"), *rows], left={len(known)})
@@ -158,7 +155,7 @@ def best_within(curve: Curve, wish: Wish) -> Point:
         enough = f"{math.ceil(least * 1e4) / 1e4:.4f}".rstrip("0").rstrip(".")  # a rounded one might be refused
         raise PteeError(
             Argument(name, f"{limit:g}"), f" is below everything on the curve of this run, which begins at {least:.4f}. Give ",
-            Argument(name, enough), " or more.", argument=name, value=limit,
+            Argument(name, enough), " or more.", value=limit,
         )  # fmt: skip
     if "drop" in name:
         return min(within, key=lambda point: (point.price, point.lost, point.fidelity_drop))

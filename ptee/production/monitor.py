@@ -253,9 +253,7 @@ class Monitor:
             PteeError: if it is no share, or nothing is audited.
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise PteeError(
-                Argument("share", f"{share!r}"), " must be a number from 0 to 1.", argument="share", value=share
-            )
+            raise PteeError(Argument("share", f"{share!r}"), " must be a number from 0 to 1.", value=share)
         if self._test is None:
             raise PteeError("This monitor audits nothing, so it finds nothing. Give audit= and max_fidelity_drop=.")
         return self._test.audits_to_find(share) / self.settings.audit

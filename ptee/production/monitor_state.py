@@ -11,13 +11,12 @@ from typing_extensions import Self
 
 from ptee._common.errors import PteeError
 from ptee._common.validation import Name, Number, ReadRecord, Text, Whole, from_pydantic
-from ptee.production.curve import MOST_POINTS
+from ptee.production.curve import MOST_POINTS, Share
 
 AGAIN = "Give what monitor.as_dict() returned."
 UNFIT = "its parts do not fit each other."
 
 Positive = Annotated[Number, Field(ge=0, le=1e18)]
-Share = Annotated[Number, Field(ge=0, le=1)]
 Moment = Annotated[Number, Field(ge=0, le=1e11)]  # seconds since 1970
 LogCapital = Annotated[Number, Field(ge=-10, le=1000)]  # far beyond what any capital reaches before an alarm
 Count = Annotated[Whole, Field(ge=0, le=10**18)]

@@ -156,7 +156,7 @@ class OptimizedModel(nn.Module):
                 thresholds = with_off(given, settings[0].off)
                 parts = [self._up_to_date(x[i : i + self.max_batch], _part(thresholds, i, self.max_batch), mark)
                          for i in range(0, rows, self.max_batch)]  # fmt: skip
-                if _same(settings, self._made_for):  # else another thread has chosen others meanwhile
+                if self._is_made_for(settings):  # else another thread has chosen others meanwhile
                     return parts[0] if len(parts) == 1 else ExitOutput(*map(torch.cat, zip(*parts, strict=True)))
 
     def _up_to_date(
@@ -167,7 +167,7 @@ class OptimizedModel(nn.Module):
         To look at each module and weight takes the host longer than to start a piece. So it looks while the first piece runs, whose
         old weights are still there. If something changed, all is done again.
         """
-        if self._buckets.has_recorded(x.shape[0]) and self._same_settings():
+        if self._buckets.has_recorded(x.shape[0]) and self._is_made_for(self._settings()):
             try:
                 return self._buckets(x, thresholds, mark, self._require_unchanged)
             except Exception:
@@ -221,7 +221,7 @@ class OptimizedModel(nn.Module):
 
     def _keep_up(self) -> None:
         """Take the model apart again if its settings, weights or modules are others by now."""
-        if not (self._same_settings() and self._made_of.unchanged()):
+        if not (self._is_made_for(self._settings()) and self._made_of.unchanged()):
             now = example_images(self.model, 1)
             if (now.dtype, now.device) != (self._example.dtype, self._example.device):
                 raise PteeError("The model was moved after ptee.optimize. Call it again.")
@@ -232,8 +232,8 @@ class OptimizedModel(nn.Module):
         settings = self._settings()  # asked first: another thread may choose others meanwhile
         self._buckets, self._made_for, self._made_of = self._made(), settings, _Contents(self.model)
 
-    def _same_settings(self) -> bool:
-        return _same(self._settings(), self._made_for)
+    def _is_made_for(self, settings: tuple[Any, ...]) -> bool:
+        return all(map(is_, settings, self._made_for))
 
     def _require_unchanged(self) -> None:
         if self._made_of.training():
@@ -320,10 +320,6 @@ def _as_recorded(like: Tensor) -> Iterator[None]:
         yield
 
 
-def _same(settings: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return all(map(is_, settings, others))
-
-
 def _part(thresholds: Sequence[float | Tensor], first: int, rows: int) -> list[float | Tensor]:
     """The thresholds of some rows of a batch."""
     return [t if isinstance(t, float) or not t.dim() else t[first : first + rows] for t in thresholds]
@@ -378,5 +374,5 @@ def optimize(
         model = copy.deepcopy(model).to(dtype)
     if max_memory is not None and not (isinstance(max_memory, int | float) and 0 < max_memory < math.inf):
         text = " is no number of GiB above 0. Leave it out for no limit."
-        raise PteeError(Argument("max_memory", shown(max_memory)), text, argument="max_memory", value=max_memory)
+        raise PteeError(Argument("max_memory", shown(max_memory)), text, value=max_memory)
     return OptimizedModel(model, most, mode, None if max_memory is None else int(max_memory * GIB))

@@ -13,39 +13,26 @@ from torch import Tensor
 from ptee.evaluation.metrics import BINS
 from ptee.evaluation.results_table import BLENDED_END
 from ptee.exits.config import with_off
-from ptee.tuning.traces import Traces
+from ptee.tuning.traces import Score, Traces, at_exits
 
 STEPS = 100  # of the slider from T = 0 to 1; one more, above 1, where no image leaves
 COLUMNS = 20  # of a histogram of h
 LEAST = 10  # images in a bin whose share says something
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, kw_only=True)
+class Step(Score):
     """What some thresholds give.
 
     Attributes:
         t: one threshold for all exits; None for the run's own, one for each exit.
-        accuracy: share of answers that are the label; None without labels.
-        fidelity: share of answers that are the backbone's.
-        cost: mean cost.
-        time: expected, as a fraction of the bare backbone's; None where nothing was measured.
         right: (E+1) of all images, the share that leaves at each exit and is right there (without labels: agrees).
         wrong: (E+1) likewise, and is not.
     """
 
-    t: float | None
-    accuracy: float | None
-    fidelity: float
-    cost: float
-    time: float | None
+    t: float | None = None
     right: list[float]
     wrong: list[float]
-
-    @property
-    def merit(self) -> float:
-        """Accuracy; without labels, fidelity."""
-        return self.fidelity if self.accuracy is None else self.accuracy
 
 
 def step(traces: Traces, thresholds: Sequence[float], off: Sequence[int], t: float | None = None) -> Step:
@@ -53,10 +40,10 @@ def step(traces: Traces, thresholds: Sequence[float], off: Sequence[int], t: flo
     kept = with_off(thresholds, off)
     traces = traces.by(kept)
     leaving = traces.leaving(kept)
-    score, right = traces.score(leaving, off), traces.right.gather(0, leaving[None])[0]
+    score, right = traces.score(leaving, off), at_exits(traces.right, leaving)
     shares, well = traces.shares(leaving), _shares(leaving[right], traces)
     wrong = [all_ - good for all_, good in zip(shares, well, strict=True)]
-    return Step(t, score.accuracy, score.fidelity, score.cost, score.time, well, wrong)
+    return Step(**vars(score), t=t, right=well, wrong=wrong)
 
 
 def steps(traces: Traces, off: Sequence[int]) -> list[Step]:
@@ -106,7 +93,7 @@ def reliability(h: Tensor, true: Tensor) -> Reliability:
 
 def mixed_up(traces: Traces, leaving: Tensor, most: int = 12) -> list[tuple[int, int, int]]:
     """What early exits mix up that the backbone does not: (class, answer, images), the most frequent first."""
-    answers = traces.answers.gather(0, leaving[None])[0]
+    answers = at_exits(traces.answers, leaving)
     new = (answers != traces.truth) & (traces.bare == traces.truth) & (leaving < traces.exits)
     pairs = Counter(zip(traces.truth[new].tolist(), answers[new].tolist(), strict=True))
     return [(*pair, count) for pair, count in pairs.most_common(most)]
@@ -114,8 +101,7 @@ def mixed_up(traces: Traces, leaving: Tensor, most: int = 12) -> list[tuple[int,
 
 def put_right(traces: Traces, leaving: Tensor) -> int:
     """How many images early exits answer rightly that the backbone does not."""
-    answers = traces.answers.gather(0, leaving[None])[0]
-    return int(((answers == traces.truth) & (traces.bare != traces.truth) & (leaving < traces.exits)).sum())
+    return int((at_exits(traces.right, leaving) & (traces.bare != traces.truth) & (leaving < traces.exits)).sum())
 
 
 def changed_at_the_end(traces: Traces, leaving: Tensor) -> tuple[int, int]:
@@ -141,4 +127,4 @@ def recorded(results: Mapping[str, Any]) -> Step | None:
     own, ends = rows[-1], [*(row for row in rows[1:-1] if row not in blended), *(blended or rows[:1])]
     right = [share * (row["right"] or 0.0) for share, row in zip(leaving, ends, strict=True)]
     wrong = [share - good for share, good in zip(leaving, right, strict=True)]
-    return Step(None, own["accuracy"], own["fidelity"], own["cost"], None, right, wrong)
+    return Step(own["accuracy"], own["fidelity"], own["cost"], right=right, wrong=wrong)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptee._common.text import number_of
 from ptee.report.facts import spread_over
 from ptee.report.style import figure, short, text
-from ptee.tuning.traces import Traces
+from ptee.tuning.traces import Traces, at_exits
 
 SIDE, MOST = 96, 8  # pixels; pictures in a row
 
@@ -45,7 +45,7 @@ def gallery(traces: Traces, leaving: Tensor, images: Any, names: Sequence[str], 
         names: of the classes.
         pixels: `mean` and `std` by which the images were prepared.
     """
-    right, exits = traces.right.gather(0, leaving[None])[0], traces.exits
+    right, exits = at_exits(traces.right, leaving), traces.exits
     found: list[Row] = []
     for n in range(exits + 1):
         where = f"at exit {n}" if n < exits else "at the end of the backbone"

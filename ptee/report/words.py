@@ -34,10 +34,9 @@ class Number(NamedTuple):
 
 def what_it_is(model: EarlyExitModel) -> Iterator[str]:
     """Two sentences for somebody who sees this for the first time."""
-    n = len(model.exits)
     kept = "learned together with them" if model.origin.learnt else "are as they were"
     yield (
-        f"{model.plan.backbone} is an image classifier. This run gives it {n} early exit{'s' * (n > 1)}: small classifiers inside of "
+        f"{model.plan.backbone} is an image classifier. This run gives it {number_of(len(model.exits), 'early exit')}: small classifiers inside of "
         f"it, each with a confidence h. An image that an exit is sure enough about gets its answer there and skips the rest. The "
         f"network's own weights {kept}."
     )

@@ -12,6 +12,7 @@ import torch
 
 from ptee._common.errors import Argument, DataError
 from ptee._common.files import as_path
+from ptee._common.progress import silent
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.data.parts import parts_writer
 from ptee.data.shards import Source, find_source, require_apart, samples
@@ -71,7 +72,7 @@ def cache(
     with parts_writer(folder, "cache", about, len(source.parts()), limit=max_unreadable, overwrite=overwrite) as writer:
         missing = 1 - len(writer.manifest.parts) / writer.manifest.planned
         _require_room(folder, size, round(missing * size), limit)
-        fill(make, source, job, writer, workers=workers, log=log)
+        fill(make, source, job, writer, workers=workers, log=log or silent)
     found = open_cache(folder)
     if labels is None or not labels.doubt:  # now all images can tell
         tell_labels(labels_as_recorded(model.origin, *found.backbone_answers()), log, word)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptee._common.errors import Argument, DataError, PteeError, some, unknown, warn
 from ptee._common.files import as_path, plain
-from ptee._common.progress import Log, counted
+from ptee._common.progress import Log, counted, silent
 from ptee._common.text import number_of, spelt
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.backbones.weights import recorded_hash, weights_hash
@@ -102,7 +102,7 @@ def record(
     with parts_writer(
         folder, "traces", about, len(source.parts()), limit=max_unreadable, overwrite=overwrite
     ) as writer:
-        fill(make, source, job, writer, workers=workers, log=log)
+        fill(make, source, job, writer, workers=workers, log=log or silent)
     found = open_traces(folder)
     if labels is None or not labels.doubt:  # now all images can tell
         tell_labels(labels_as_recorded(model.origin, *found.backbone_answers(model)), log, word)
@@ -125,36 +125,29 @@ def engine_of(engine: str, workers: int) -> Any:
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES, argument="engine")
     if workers < 1:
-        raise PteeError(
-            Argument("workers", str(workers)), " is too few. Give 1 or more.", argument="workers", value=workers
-        )
+        raise PteeError(Argument("workers", str(workers)), " is too few. Give 1 or more.", value=workers)
     arrow()
     if engine == "ray":
         ray_engine.require_ray()
     return ENGINES[engine]
 
 
-def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: int, log: Log | None) -> None:
+def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: int, log: Log) -> None:
     """Make the parts that are missing."""
     names = {f"part-{n:05d}": files for n, files in enumerate(source.parts())}
     missing = {name: names[name] for name in writer.missing(list(names))}
-    if log is not None and len(missing) < len(names):
+    if len(missing) < len(names):
         log(f"{len(names) - len(missing)} of {len(names)} parts are there already.")
-    if log is not None and missing:
+    if missing and log is not silent:  # to count the images takes time
         rest = f"; not read: {some(source.not_read, len(source.not_read))}" if source.not_read else ""
         log(f"{source.place}: about {source.count():,} images in {number_of(len(source.files), 'file')}{rest}.")
     with counted("images") as done:
         if missing:
             make(source, missing, job, writer, workers=workers, done=done)
-    if log is not None:
-        manifest = writer.manifest
-        bad = (
-            f"; {manifest.unreadable:,} cannot be read and are named in unreadable.json" if manifest.unreadable else ""
-        )
-        log(
-            f"{manifest.rows:,} images in {len(manifest.parts)} part{'s' * (len(manifest.parts) != 1)} in {writer.folder}{bad}."
-            f"{_labelled(manifest, source)}"
-        )
+    manifest = writer.manifest
+    bad = f"; {manifest.unreadable:,} cannot be read and are named in unreadable.json" if manifest.unreadable else ""
+    parts = number_of(len(manifest.parts), "part")
+    log(f"{manifest.rows:,} images in {parts} in {writer.folder}{bad}.{_labelled(manifest, source)}")
 
 
 def _labelled(manifest: Manifest, source: Source) -> str:

@@ -127,8 +127,7 @@ class Times(FrozenConfig):
         if not 1 <= batch <= self.rows[-1]:
             raise PteeError(
                 Argument("at_batch", f"{batch}"), f" was not measured: the largest batch was {self.rows[-1]}. Give ",
-                Argument("at_batch", f"{self.rows[-1]}"), f", or measure again: {self._measure(executor, batch)}",
-                argument="at_batch", value=batch,
+                Argument("at_batch", f"{self.rows[-1]}"), f", or measure again: {self._measure(executor, batch)}", value=batch,
             )  # fmt: skip
         m = self.by(executor, batch)
         bare = between(self.rows, m.bare, batch)[-1].item()

@@ -149,10 +149,10 @@ def resolved_shift(config: TrainingConfig, model: EarlyExitModel) -> int:
     given = Argument("shift", str(config.shift))
     if not maps:
         text = f" moves feature maps, but {model.plan.head!r} heads read pooled vectors. Take other heads, such as 'conv1', or "
-        raise PteeError(given, text, Argument("shift", "0"), ".", argument="shift", value=config.shift)
+        raise PteeError(given, text, Argument("shift", "0"), ".", value=config.shift)
     if config.shift >= min(size[1:]):
         text = f" moves images of {size[1]} x {size[2]} pixels out of sight. Give fewer, such as "
-        raise PteeError(given, text, Argument("shift", str(shift_for(size))), ".", argument="shift", value=config.shift)
+        raise PteeError(given, text, Argument("shift", str(shift_for(size))), ".", value=config.shift)
     return config.shift
 
 

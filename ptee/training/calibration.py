@@ -224,7 +224,7 @@ class _Outputs(NamedTuple):
         log_odds: (E, n) of the largest probability, float64; NaN if the answer is not finite.
         answers: (E+1, n) classes.
         labels: (n,) or None.
-        fault: why there are no labels.
+        fault: what is wrong with labels that are there.
         marks: (n,) by which the images are known again.
     """
 
@@ -240,7 +240,7 @@ def _positives(outputs: _Outputs, target: str) -> Tensor:
     if target == "agrees":
         return outputs.answers[:-1] == outputs.answers[-1]
     if outputs.labels is None:
-        text = f"The target {target!r} needs labels: {outputs.fault}. Without them give "
+        text = f"The target {target!r} needs labels: {outputs.fault or 'the data has none'}. Without them give "
         raise DataError(text, Argument.text("target", "agrees"), ".")
     right = outputs.answers == outputs.labels
     if target == "right":
@@ -265,8 +265,9 @@ def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
         raise DataError("The data gave no batch: it is empty.")
     targets = torch.cat(labels)
     none = bool((targets == UNKNOWN_LABEL).all())
-    fault = "the data has none" if none else odd_labels(targets, model.num_classes)
-    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), None if fault else targets, fault, torch.cat(marks))
+    fault = "" if none else odd_labels(targets, model.num_classes)
+    known = None if none or fault else targets
+    return _Outputs(torch.cat(odds, 1), torch.cat(answers, 1), known, fault, torch.cat(marks))
 
 
 def _fitted(name: str, odds: Tensor, positives: Tensor) -> ExitCalibration:

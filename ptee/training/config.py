@@ -179,7 +179,7 @@ class TrainingConfig(FrozenConfig):
         if self.exit_weights is not None and not any(learning):
             given = Argument("exit_weights", str(self.exit_weights))
             text = " is 0 for every answer that can be learnt (the last is the backbone's). Give a larger one."
-            raise PteeError(given, text, argument="exit_weights", value=self.exit_weights)
+            raise PteeError(given, text, value=self.exit_weights)
         self._check_backbone()
         self._check_order()
         return self
@@ -200,7 +200,7 @@ class TrainingConfig(FrozenConfig):
         if self.loss == SEPARATE:
             text = " needs a loss in which the backbone's own answer counts. Give "
             possible = Argument.text("loss", "joint_each_exit"), " or ", Argument.text("loss", WEIGHTED)
-            raise PteeError(Argument.text("backbone", JOINT), text, *possible, ".", argument="backbone", value=JOINT)
+            raise PteeError(Argument.text("backbone", JOINT), text, *possible, ".", value=JOINT)
         if self.resolved_targets != "labels":  # else it would learn its own answers
             raise _clash("backbone", JOINT, "needs targets='labels'", f"targets={self.targets!r}")
 
@@ -240,7 +240,7 @@ def require_weight_each(weights: tuple[float, ...] | None, answers: int) -> None
         text = (
             f" has {len(weights)} numbers, and these are {answers} answers with the backbone's own. Give one for each."
         )
-        raise PteeError(Argument("exit_weights", str(weights)), text, argument="exit_weights", value=weights)
+        raise PteeError(Argument("exit_weights", str(weights)), text, value=weights)
 
 
 def epochs_for(images: int, batch_size: int) -> int:
@@ -267,4 +267,4 @@ def of_another_training(checkpoint: Path, words: Sequence[str]) -> RunError:
 
 def _clash(name: str, value: Any, needs: str, given: str) -> PteeError:
     text = f" {needs}, and this training has {given}. Leave {name} out, or change the others."
-    return PteeError(Argument(name, repr(value)), text, argument=name, value=value)
+    return PteeError(Argument(name, repr(value)), text, value=value)

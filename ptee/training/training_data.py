@@ -125,7 +125,7 @@ class TrainingData:
         else:
             return Views(data, views, seed=self.config.seed, mirror=self.config.mirror)
         given, one = Argument("views", str(views)), Argument("views", "1")
-        raise DataError(given, text, one, ".", argument="views", value=views)
+        raise DataError(given, text, one, ".", value=views)
 
     def _cached(
         self, data: Any, words: str, stack: ExitStack, callback: Callable[[Estimate], None] | None = None

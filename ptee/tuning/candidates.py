@@ -63,7 +63,7 @@ def _require_blendable(traces: Traces) -> None:
         text = f" cannot be given: the confidence {traces.confidence_name!r} needs the exits' own answers. Set another, or give "
     else:
         return
-    raise PteeError(Argument.text("answers", "blended"), text, Argument.text("answers", "own"), ".", argument="answers")
+    raise PteeError(Argument.text("answers", "blended"), text, Argument.text("answers", "own"), ".")
 
 
 def _cross_fitted(traces: Traces, small: Traces, targets: Tensor | None) -> list[Candidate]:

@@ -112,9 +112,7 @@ class ThresholdsConfig(FrozenConfig):
             if name in names:
                 wrong, instead = Argument(name, f"{getattr(self, name)!r}"), Argument.text("cost", TIME)
                 text = " is about costs in seconds, which do not count here. Give "
-                raise PteeError(
-                    wrong, text, instead, ", too, or leave it out.", argument=name, value=getattr(self, name)
-                )
+                raise PteeError(wrong, text, instead, ", too, or leave it out.", value=getattr(self, name))
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +120,7 @@ class ThresholdsConfig(FrozenConfig):
         """The confidence of exits has a name, and that of a guarantee is a number."""
         if isinstance(values, Mapping) and isinstance(name := values.get("confidence"), str) and not as_shares([name]):
             text = f" must be a number, that of a guarantee, such as 0.95. That of the exits is set in Python: {SET_CONFIDENCE}."
-            raise PteeError(Argument("confidence", f"{name!r:.60}"), text, argument="confidence", value=name)
+            raise PteeError(Argument("confidence", f"{name!r:.60}"), text, value=name)
         return values
 
     @model_validator(mode="after")
@@ -139,7 +137,7 @@ class ThresholdsConfig(FrozenConfig):
                 if (value := getattr(self, name)) != type(self).model_fields[name].default:
                     raise PteeError(
                         Argument(name, f"{value}"), " is about thresholds that are chosen, and ", Argument("threshold", f"{self.threshold}"),
-                        " is given. Give one of them.", argument=name, value=value,
+                        " is given. Give one of them.", value=value,
                     )  # fmt: skip
         return self
 
@@ -152,7 +150,7 @@ class ThresholdsConfig(FrozenConfig):
         if self.margin > limit >= 0:
             raise PteeError(
                 Argument("margin", f"{self.margin:g}"), " leaves nothing of ", Argument(name, f"{limit:g}"), ". Give ",
-                Argument("margin", f"{limit:g}"), " or less.", argument="margin", value=self.margin,
+                Argument("margin", f"{limit:g}"), " or less.", value=self.margin,
             )  # fmt: skip
         return self
 
@@ -161,13 +159,13 @@ class ThresholdsConfig(FrozenConfig):
         level = Argument("confidence", "0.95" if self.confidence is None else f"{self.confidence}")
         if self.each_exit and self.confidence is None and self.threshold is None:
             text = " is about a guarantee. Give its confidence, too: "
-            raise PteeError(Argument("each_exit", "True"), text, level, ".", argument="each_exit", value=True)
+            raise PteeError(Argument("each_exit", "True"), text, level, ".", value=True)
         if self.confidence is None or self.threshold is not None:
             return self
         if self.confidence > HIGHEST_CONFIDENCE:
             text = " is higher than what can be computed. Give "
             highest = Argument("confidence", f"{HIGHEST_CONFIDENCE}")
-            raise PteeError(level, text, highest, " or less.", argument="confidence", value=self.confidence)
+            raise PteeError(level, text, highest, " or less.", value=self.confidence)
         against = {
             "max_cost": (self.max_cost is not None, "a cost is counted, not lost"),
             "margin": (self.margin != "auto", "a guarantee needs no other reserve"),

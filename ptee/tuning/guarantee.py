@@ -25,12 +25,7 @@ from ptee.exits.confidence import leaves
 from ptee.exits.config import NEVER
 from ptee.production.few_images import images_needed, least_limit
 from ptee.tuning.config import EXAMPLES, Promise, Target
-from ptee.tuning.p_values import (
-    images_needed_for_drop,
-    least_limit_of_drop,
-    p_value_of_drop,
-    p_value_of_share,
-)
+from ptee.tuning.p_values import images_needed_for_drop, least_limit_of_drop, p_value_of_drop, p_value_of_share
 from ptee.tuning.reachable import losses_of
 from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Traces
@@ -56,7 +51,7 @@ def require_images(target: Target, confidence: float | None, images: int, *, eac
         return
     if target.limit <= 0:
         text = " cannot be guaranteed: no number of images shows that nothing is ever lost. Give more, such as "
-        raise PteeError(target.argument, text, Argument(target.kind, EXAMPLES[target.kind]), ".", argument=target.kind)
+        raise PteeError(target.argument, text, Argument(target.kind, EXAMPLES[target.kind]), ".")
     of_drop = target.kind == "max_drop"
     needed = (images_needed_for_drop if of_drop else images_needed)(target.limit, 1 - confidence)
     tested = images - images // ORDER_SHARE * each_exit
@@ -69,8 +64,7 @@ def require_images(target: Target, confidence: float | None, images: int, *, eac
     too: tuple[Argument | str, ...] = (" and ", Argument("each_exit", "True")) if each_exit else ()
     raise PteeError(
         target.argument, " at ", Argument("confidence", f"{confidence}"), *too, f" needs at least {number_of(in_all, 'image')}, and {number_of(images, 'image', 'is')} there. "
-        "Give more images, ", *instead, "or no ", Argument("each_exit" if images >= needed else "confidence"), ".",
-        argument=target.kind, value=target.limit,
+        "Give more images, ", *instead, "or no ", Argument("each_exit" if images >= needed else "confidence"), ".", value=target.limit,
     )  # fmt: skip
 
 
@@ -87,8 +81,7 @@ def require_unwatched(target: Target, confidence: float | None, patience: int | 
     )
     raise PteeError(
         Argument("patience", f"{patience}"), " picks the epoch by the calibration images, so these cannot show what ",
-        Argument("confidence", f"{confidence:g}"), f" guarantees. Leave one of the two out. With patience, other images can show it afterwards: {later}, or ptee.tune in Python.",
-        argument="patience", value=patience,
+        Argument("confidence", f"{confidence:g}"), f" guarantees. Leave one of the two out. With patience, other images can show it afterwards: {later}, or ptee.tune in Python.", value=patience,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from ptee.tuning.reachable import losses_of
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import MAX_IMAGES
 from ptee.tuning.threshold_search import Problem, path
-from ptee.tuning.traces import Traces
+from ptee.tuning.traces import Traces, at_exits
 
 WEIGHTS, STEPS = (0.05, 1e3), 30  # of one wrong answer, in costs of the backbone
 
@@ -104,9 +104,9 @@ def _path(traces: Traces, found: Solution, kind: str) -> list[list[float]]:
 
 def _lost(traces: Traces, threshold: list[float]) -> Tensor:
     """(2) sums over the images: of the drop of accuracy (without labels: of fidelity), and of answers that differ."""
-    traces, where = traces.by(threshold), traces.leaving(threshold)[None]
-    differ = traces.answers.gather(0, where)[0] != traces.bare
-    return torch.stack([traces.losses.gather(0, where).sum(), differ.double().sum()])
+    traces, leaving = traces.by(threshold), traces.leaving(threshold)
+    differ = at_exits(traces.answers, leaving) != traces.bare
+    return torch.stack([at_exits(traces.losses, leaving).sum(), differ.double().sum()])
 
 
 def _point(traces: Traces, found: Solution, threshold: tuple[float, ...] | list[float]) -> Point:

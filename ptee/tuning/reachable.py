@@ -50,7 +50,7 @@ def require_right(target: Target, traces: Traces, num_classes: int) -> None:
     if words := near_chance(right, len(traces.targets), num_classes):
         raise DataError(
             target.argument, f" needs labels under which the backbone is right. {words}. Check that the labels are its class numbers, or "
-            "give ", Argument("max_fidelity_drop", f"{target.limit:g}"), ".", argument="max_drop", value=target.limit,
+            "give ", Argument("max_fidelity_drop", f"{target.limit:g}"), ".", value=target.limit,
         )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def require_reachable(target: Target, least: float, margin: Margin) -> None:
     enough = math.ceil((possible + reserve - ROUNDING) * 100) / 100
     raise PteeError(
         target.argument, *without_margin, f" cannot be reached: the lowest possible cost is {possible:.4f} of the bare backbone's. "
-        "Give ", Argument("max_cost", f"{enough:g}"), " or more.", argument="max_cost", value=target.limit,
+        "Give ", Argument("max_cost", f"{enough:g}"), " or more.", value=target.limit,
     )  # fmt: skip
 
 
@@ -78,19 +78,19 @@ def unreachable(
     """The error of a target that no thresholds meet. With candidates it says what can be had of a gain, and `who` gains that."""
     if target.kind == "max_cost":  # the cheapest exit alone would meet it
         text = " cannot be met: too many confidences are NaN. Train the heads again."
-        return PteeError(target.argument, text, argument=target.kind, value=target.limit)
+        return PteeError(target.argument, text, value=target.limit)
     reserve = 0.0 if isinstance(margin, str) else margin
     if not candidates:
         less = (" less ", Argument("margin", f"{reserve:g}")) if reserve else ()
         text = f" cannot be met: {who} do not gain so much. Give "
         parts = (target.argument, *less, text, Argument(target.kind, f"{reserve:g}"), " or more.")
-        return PteeError(*parts, argument=target.kind, value=target.limit)
+        return PteeError(*parts, value=target.limit)
     gain = max(0.0, -_least_loss(candidates, target, one_threshold))
     possible = math.ceil((reserve - gain - ROUNDING) * 1e4) / 1e4 + 0.0  # no -0.0
     text = f" cannot be met: {who} gain {gain:.4f} at most, with nothing in reserve. Give "
     no_reserve = (", with ", Argument("margin", "0")) if isinstance(margin, str) and possible < 0 else ()
     parts = (target.argument, text, Argument(target.kind, f"{possible:g}"), " or more", *no_reserve, ".")
-    return PteeError(*parts, argument=target.kind, value=target.limit)
+    return PteeError(*parts, value=target.limit)
 
 
 def _least_loss(candidates: Sequence[Candidate], target: Target, one_threshold: bool) -> float:

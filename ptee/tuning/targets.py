@@ -23,7 +23,7 @@ from ptee.tuning.config import Target, ThresholdsConfig
 from ptee.tuning.reachable import Margin, losses_of, require_reachable, unreachable
 from ptee.tuning.solution import Solution
 from ptee.tuning.threshold_search import Choice, Problem, objective
-from ptee.tuning.traces import Traces
+from ptee.tuning.traces import Traces, at_exits
 
 DEFAULTS = ThresholdsConfig()
 WITHIN = 1.96  # standard deviations to either side hold 95 % of a normal distribution
@@ -222,7 +222,7 @@ def _spent(traces: Traces, found: Solution) -> Tensor:
     leaving = traces.leaving(found.threshold)
     if found.target.kind == "max_cost":
         return traces.costs_without(found.off)[leaving]
-    return losses_of(traces, found.target).gather(0, leaving[None])[0]
+    return at_exits(losses_of(traces, found.target), leaving)
 
 
 def _ways(candidates: list[Candidate], target: Target, one_threshold: bool, margin: Margin) -> list[_Way]:
@@ -297,7 +297,7 @@ def _optimism(candidates: list[Candidate], target: Target, one_threshold: bool) 
         found = _within(others, target, one_threshold, margin=0)
         chosen = next(c for c in candidates if c.on in (None, found.on_exits))
         other = chosen.traces.rows(drawn[fold == left_out])
-        loss += losses_of(other, target).gather(0, other.leaving(found.threshold)[None]).sum().item()
+        loss += at_exits(losses_of(other, target), other.leaving(found.threshold)).sum().item()
     return loss / images - target.limit
 
 

@@ -22,7 +22,8 @@ from ptee._common.files import as_path, plain
 from ptee._common.text import Readable, number_of
 from ptee._common.validation import checked
 from ptee.backbones.weights import recorded_hashes, weights_hash
-from ptee.data.batches import UNKNOWN_LABEL, labels_of_other_classes
+from ptee.data.batches import UNKNOWN_LABEL
+from ptee.data.labels import no_accuracy, usable_labels
 from ptee.data.parts import Manifest, key_hashes, numbers, read_marks, read_whole, row_groups
 from ptee.data.recorded import RecordedTraces
 from ptee.exits.confidence import LEARNED, log_odds
@@ -78,8 +79,8 @@ class TraceFolder(Readable, RecordedTraces):
     @cached_property
     def labels(self) -> Tensor:
         """(n,) -1 where there is none."""
-        rows = _columns(self.folders[0], self.manifests[0], {"label": (0, np.int32)})["label"]
-        return torch.from_numpy(rows[self._order(0)]).long()
+        found = _columns(self.folders[0], self.manifests[0], {"label": (0, np.int32)})["label"]
+        return torch.from_numpy(found[self._order(0)]).long()
 
     @property
     def labelled(self) -> bool:
@@ -99,11 +100,12 @@ class TraceFolder(Readable, RecordedTraces):
 
     def marks(self, rows: Tensor | None) -> Tensor:
         """As of `RecordedTraces`."""
-        found = read_marks(self.folders[0], self.manifests[0])[torch.from_numpy(self._order(0))]
-        return found if rows is None else found[rows]
+        return read_marks(self.folders[0], self.manifests[0])[torch.from_numpy(self._order(0, rows))]
 
-    def _order(self, which: int) -> np.ndarray:
-        return np.argsort(self._keys[which], kind="stable")
+    def _order(self, which: int, rows: Tensor | None = None) -> np.ndarray:
+        """(m,) where all images, or these rows of them, stand in a folder."""
+        order = np.argsort(self._keys[which], kind="stable")
+        return order if rows is None else order[rows.numpy()]
 
     def traces(self, model: EarlyExitModel, *, rows: Tensor | None, logits: bool, own: bool) -> Traces:
         """As of `RecordedTraces`.
@@ -113,23 +115,21 @@ class TraceFolder(Readable, RecordedTraces):
         """
         which = self._folder_of(model)
         manifest, folder = self.manifests[which], self.folders[which]
-        E, K, n = len(model.exits), model.num_classes, len(self)
+        E, K = len(model.exits), model.num_classes
         again = recorded_confidence(model) != manifest.about["confidence"]
         blended = model.answers == BLENDED and not own
-        with_logits = logits or again or blended
+        order = self._order(which, rows)
         wanted: dict[str, tuple[int, Any]] = {
             "label": (0, np.int32),
             "answers": (E + 1, np.int32),
             "confidence": (E, np.float32),
             "mark": (0, np.int64),
+            "confidence_logits": (E, np.float32),
         }
-        wanted["confidence_logits"] = (E, np.float32)
-        if with_logits:
-            n_of_rows = len(self) if rows is None else len(rows)
-            self._require_logits(which, (E + 1) * K * n_of_rows)
+        if logits or again or blended:
+            self._require_logits(which, (E + 1) * K * len(order))
             wanted |= _of_logits(manifest, E, K)
-        order = self._order(which) if rows is None else self._order(which)[rows.numpy()]
-        place = np.full(n, -1, dtype=np.int64)
+        place = np.full(len(self), -1, dtype=np.int64)
         place[order] = np.arange(len(order))
         found = {name: torch.from_numpy(x) for name, x in _columns(folder, manifest, wanted, place).items()}
         return self._made(model, found, again, blended, logits)
@@ -139,15 +139,14 @@ class TraceFolder(Readable, RecordedTraces):
     ) -> Traces:
         n, E, K = len(found["label"]), len(model.exits), model.num_classes
         z = _logits(found, E, K) if "logits" in found else None
-        targets = found["label"].long()
-        fault = _fault(targets, K)
+        targets, fault = usable_labels(found["label"].long(), K)
         traces = Traces(
             found["answers"].long().T.contiguous(),
             torch.cat([found["confidence"].T, torch.ones(1, n, dtype=torch.float32, device="cpu")]),
-            None if fault is not None else targets,
+            targets,
             sample=torch.zeros(0, *model.plan.input_size, dtype=torch.float32, device="cpu"),
             logits=z,
-            note=fault or "",
+            note=no_accuracy(fault),
             confidence_logits=found["confidence_logits"].T.contiguous(),
             confidence_name=LEARNED if again else model.confidence,
             calibrated=model.calibrated,
@@ -212,12 +211,10 @@ class TraceFolder(Readable, RecordedTraces):
             found = {name: torch.from_numpy(numbers(folder, group[name], *how)) for name, how in of_logits.items()}
             odds.append(log_odds(_logits(found, E, model.num_classes)[:-1].float()))
             answers.append(torch.from_numpy(numbers(folder, group["answers"], E + 1, np.int32)).long().T)
-        order = torch.from_numpy(self._order(which))
-        order = order if rows is None else order[rows]
-        targets = self.labels if rows is None else self.labels[rows]
-        fault = _fault(targets, model.num_classes)
-        words = "the data has none" if fault == "" else fault or ""
-        return torch.cat(odds, 1)[:, order], torch.cat(answers, 1)[:, order], None if words else targets, words
+        order = torch.from_numpy(self._order(which, rows))
+        labels = self.labels if rows is None else self.labels[rows]
+        targets, fault = usable_labels(labels, model.num_classes)
+        return torch.cat(odds, 1)[:, order], torch.cat(answers, 1)[:, order], targets, fault
 
 
 @checked
@@ -281,14 +278,3 @@ def _logits(found: Mapping[str, Tensor], exits: int, num_classes: int) -> Tensor
     classes = found["classes"].view(len(found["logits"]), exits + 1, -1).transpose(0, 1).long()
     left = (1 - z.float().exp().sum(-1, keepdim=True)).clamp(min=LEAST) / max(1, num_classes - z.shape[-1])
     return left.log().expand(*z.shape[:2], num_classes).contiguous().scatter_(-1, classes, z.float())
-
-
-def _fault(targets: Tensor, num_classes: int) -> str | None:
-    """Why labels are not used: a sentence, or an empty text if there are none. None if they are used."""
-    unknown = targets == UNKNOWN_LABEL
-    if unknown.all():
-        return ""
-    if unknown.any():
-        raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
-    fault = labels_of_other_classes(targets, num_classes)
-    return f"There is no accuracy for this data: {fault}." if fault else None

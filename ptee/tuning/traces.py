@@ -18,17 +18,11 @@ from torch.utils.data import Subset
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
+from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import device_of, running_on
-from ptee.data.batches import (
-    UNKNOWN_LABEL,
-    batches,
-    is_loader,
-    labels_of_other_classes,
-    marks_of,
-    own_generator,
-    split_batch,
-)
+from ptee.data.batches import batches, is_loader, marks_of, numbered, own_generator, split_batch
+from ptee.data.labels import no_accuracy, usable_labels
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
 from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confidence, first_exit
@@ -208,7 +202,7 @@ class Traces:
 
     def score(self, leaving: Tensor, off: Sequence[int] = ()) -> Score:
         """The score if each image leaves where `leaving` (n,) says, and these exits are off."""
-        answers = self.answers.gather(0, leaving[None])[0]
+        answers = at_exits(self.answers, leaving)
         accuracy = None if self.targets is None else (answers == self.targets).double().mean().item()
         fidelity = (answers == self.bare).double().mean().item()
         return Score(accuracy, fidelity, self.costs_without(off)[leaving].mean().item(), self.time(leaving, off))
@@ -247,6 +241,11 @@ class Score:
     def merit(self) -> float:
         """Accuracy; without labels, fidelity."""
         return self.fidelity if self.accuracy is None else self.accuracy
+
+
+def at_exits(values: Tensor, leaving: Tensor) -> Tensor:
+    """(n,) of values (E+1, n) that of the exit at which each image leaves, as `leaving` (n,) says."""
+    return values.gather(0, leaving[None])[0]
 
 
 def truncation(traces: Traces) -> tuple[Score, ...]:
@@ -320,7 +319,7 @@ def _require_answers(unanswered: Tensor, data: object) -> None:
     if count := int(unanswered.sum()):
         first, n = int(unanswered.int().argmax()), len(unanswered)
         raise DataError(
-            f"The backbone's logits are NaN for {count:,} of {n:,} image{'s' * (n != 1)} (the first has the index {_place(data, first)}), so there "
+            f"The backbone's logits are NaN for {count:,} of {number_of(n, 'image')} (the first has the index {_place(data, first)}), so there "
             "is no answer to compare with. Leave such images out."
         )
 
@@ -387,7 +386,7 @@ def _record_batch(
     found = Traces(
         every.logits.argmax(-1).cpu(),
         every.confidence.cpu(),
-        labels,
+        numbered(labels, images),
         sample=sample,
         logits=compact(own.logits).cpu(),
         confidence_logits=every.confidence_logits.float().cpu(),
@@ -416,22 +415,18 @@ def compact(logits: Tensor) -> Tensor:
 
 
 def _join(parts: list[Traces], classes: int) -> Traces:
-    labels = [p.targets for p in parts if p.targets is not None]
     logits = [p.logits for p in parts if p.logits is not None]
     confidence_logits = [p.confidence_logits for p in parts if p.confidence_logits is not None]
-    targets = torch.cat(labels) if labels else None
-    if targets is not None and (len(labels) < len(parts) or (targets == UNKNOWN_LABEL).any()):
-        raise DataError("Some images have labels and others have none. Give labels to all of them, or to none.")
-    fault = "" if targets is None else labels_of_other_classes(targets, classes)
+    targets, fault = usable_labels(torch.cat([p.targets for p in parts if p.targets is not None]), classes)
     return replace(
         parts[0],
         answers=torch.cat([p.answers for p in parts], 1),
         confidence=torch.cat([p.confidence for p in parts], 1),
         own=None if parts[0].own is None else torch.cat([p.own for p in parts if p.own is not None], 1),
-        targets=None if fault else targets,
+        targets=targets,
         sample=torch.cat([p.sample for p in parts])[:SAMPLE],
         logits=torch.cat(logits, 1) if logits else None,
         confidence_logits=torch.cat(confidence_logits, 1) if confidence_logits else None,
         marks=torch.cat([p.marks for p in parts if p.marks is not None]),
-        note=fault and f"There is no accuracy for this data: {fault}.",
+        note=no_accuracy(fault),
     )

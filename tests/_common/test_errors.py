@@ -57,6 +57,13 @@ def _literal(call: ast.AST) -> str:
     return value.value if isinstance(value, ast.Constant) else ""
 
 
+def test_an_error_is_about_the_argument_that_it_begins_with_if_no_other_is_named():
+    given, other = Argument("lr", "-1"), Argument("epochs", "2")
+    assert PteeError(given, " is below 0. Give ", other, ".").argument == "lr"
+    assert PteeError(given, " needs ", other, ".", argument="epochs").argument == "epochs"
+    assert PteeError("Give ", other, ".").argument is None
+
+
 def test_no_value_to_type_is_a_text_without_quotes():
     files = Path(ptee.__file__).parent.rglob("*.py")
     values = {_literal(node) for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))}

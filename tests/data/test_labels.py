@@ -5,11 +5,21 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from images import levels, opened, write_folder
 
 from ptee._common.errors import DataError
 from ptee.data.batches import UNKNOWN_LABEL
-from ptee.data.labels import LabelMap, class_orders, map_labels, names_differ, near_chance, recorded_classes, relabelled
+from ptee.data.labels import (
+    LabelMap,
+    class_orders,
+    map_labels,
+    names_differ,
+    near_chance,
+    recorded_classes,
+    relabelled,
+    usable_labels,
+)
 
 THOUSAND = sorted(map(str, range(1000)))  # as text: 0, 1, 10, 100, ...
 
@@ -218,3 +228,12 @@ def test_a_line_of_a_file_that_is_no_name_is_named_by_its_number(tmp_path):
 def test_a_few_images_say_nothing_about_whether_the_backbone_is_right():
     assert not any(near_chance(0.0, n, 10) for n in range(1, 10))
     assert near_chance(0.0, 10, 10) == "The backbone is right on 0.0% of 10 images, and would be on 10.0% by chance"
+
+
+def test_labels_are_used_if_all_images_have_one_that_is_a_class():
+    labels = torch.tensor([0, 2, 1])
+    assert usable_labels(labels, 3) == (labels, "")
+    assert usable_labels(torch.tensor([-1, -1]), 3) == (None, "")
+    assert usable_labels(labels + 3, 3) == (None, "the labels are 3 to 5, the backbone's classes 0 to 2")
+    with pytest.raises(DataError, match="Some images have labels and others have none"):
+        usable_labels(torch.tensor([0, -1]), 3)
