@@ -23,7 +23,7 @@ from ptee.backbones.load import Backbone, load_backbone, rebuild, require_model
 from ptee.data.labels import describe_labels
 from ptee.data.splits import Data, Unseen, copied, parts_for_tuning, without_images
 from ptee.evaluation.results import SPEED_SECONDS, about_speed, evaluate
-from ptee.exits.config import LEARNED, require_confidence, require_no_percentage
+from ptee.exits.config import LEARNED, require_confidence
 from ptee.exits.front import named_front
 from ptee.exits.plan import TimesOfModules
 from ptee.model import run_files
@@ -50,6 +50,7 @@ from ptee.pipeline.run_folder import (
     interrupted,
     is_main_process,
     kept_times,
+    or_nothing_kept,
     replaced,
     sole_writer,
     take_over,
@@ -156,23 +157,24 @@ def fit(
     folder = folder_of_fit(out, overwrite=overwrite, resume=resume)
     if resume and folder is not None:
         require_same_training(folder, chosen)
-    data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
-    found = image_size(train_data)
-    if input_size is None and isinstance(model, nn.Module):
-        input_size = found
-    backbone = load_backbone(
-        model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
-    )
-    labels = undoubted(labels_of(data, backbone, resolve_device(device)), chosen)
-    if input_size is not None and found != (size := tuple(backbone.input.input_size)):
-        text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
-        raise PteeError(Argument("input_size", str(size)), text, value=input_size)
-    adapted = for_training(recipe_for(labels, chosen), data)
-    words = describe_labels(labels) + described_change(chosen, adapted)
-    (log or (warn if labels.doubt or labels.gap else silent))(words)
     again = f"Call ptee.fit again with resume=True{' and without overwrite' * overwrite}."
     job = Job(folder, device, num_workers, resume, speed, log or silent, again, overwrite)
-    return fit_backbone(backbone, data, adapted, job)
+    with or_nothing_kept(folder, resume=resume, overwrite=overwrite, again=again):
+        data = from_data_sets(train_data, val_data, calibration_data, seed=chosen.seed)
+        found = image_size(train_data)
+        if input_size is None and isinstance(model, nn.Module):
+            input_size = found
+        backbone = load_backbone(
+            model, weights=weights, pretrained=pretrained, num_classes=num_classes, input_size=input_size
+        )
+        labels = undoubted(labels_of(data, backbone, resolve_device(device)), chosen)
+        if input_size is not None and found != (size := tuple(backbone.input.input_size)):
+            text = f", and the first image of train_data has the size {found}. Give that, or resize the images."
+            raise PteeError(Argument("input_size", str(size)), text, value=input_size)
+        adapted = for_training(recipe_for(labels, chosen), data)
+        words = describe_labels(labels) + described_change(chosen, adapted)
+        (log or (warn if labels.doubt or labels.gap else silent))(words)
+        return fit_backbone(backbone, data, adapted, job)
 
 
 def weights_taken(backbone: Backbone, model: EarlyExitModel) -> list[str]:
@@ -275,7 +277,6 @@ def checked_model(
     recipe, labelled = recipe.resolved(), has_labels(data)
     target = recipe.thresholds.target(labelled)
     require_confidence(recipe.confidence.name)
-    require_no_percentage(recipe.thresholds.threshold)
     model = build_model(backbone, recipe, times)
     try:
         if target is not None:

@@ -112,6 +112,17 @@ def interrupted(out: Path | None, complete: int, *, resume: bool, overwrite: boo
     return Interrupted(f"{kept} kept in {out}. {again}".strip())
 
 
+@contextmanager
+def or_nothing_kept(out: Path | None, *, resume: bool, overwrite: bool, again: str) -> Iterator[None]:
+    """Ctrl-C in what comes before a training says what was left, too; the arguments are those of `interrupted`."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as why:
+        raise interrupted(out, 0, resume=resume, overwrite=overwrite, again=again) from why
+
+
 def forget_training(out: Path) -> None:
     """Remove what only --resume needs."""
     for name in (run_files.CHECKPOINT, UNREADABLE, PLACED_BY):

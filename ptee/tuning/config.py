@@ -12,6 +12,7 @@ from typing_extensions import Self
 from ptee._common.errors import Argument, PteeError
 from ptee._common.text import as_shares, beside, describe_thresholds, number_of
 from ptee._common.validation import FrozenConfig, Number, Whole, YesNo
+from ptee.exits.config import require_no_percentage
 
 DEFAULT_LOSS = 0.01
 TARGETS = ("max_loss", "max_drop", "max_fidelity_drop", "max_cost")
@@ -133,6 +134,7 @@ class ThresholdsConfig(FrozenConfig):
                 argument=given[0], value=getattr(self, given[0]),
             )  # fmt: skip
         if self.threshold is not None:
+            require_no_percentage(self.threshold)
             for name in HOW:
                 if (value := getattr(self, name)) != type(self).model_fields[name].default:
                     raise PteeError(

@@ -197,6 +197,13 @@ def test_times_that_exits_are_placed_by_are_kept_with_the_first_checkpoint(overw
     assert len(list(clocks)) == 1  # nothing was measured again
 
 
+@pytest.mark.parametrize("step", ["labels_of", "build_model"])
+def test_whoever_ends_it_before_the_training_is_told_that_nothing_was_kept(step, monkeypatch):
+    monkeypatch.setattr(fitting, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match=r"^Nothing was kept, because no folder was given for the run\.$"):
+        fit(network(), images(40), images(40, seed=1))
+
+
 def test_a_run_that_is_to_be_overwritten_is_as_it_was_until_an_epoch_of_the_new_one_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "time_of_modules", lambda *_: TimesOfModules({"0": 0.2, "2": 0.6}, 1.0, "a clock"))
     goal = {"max_cost": 1.5, "cost": "time", "at_batch": 2, "out": tmp_path / "run"}

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from ptee._common.errors import PteeError
+from ptee.pipeline.recipe import make_recipe
 from ptee.tuning.config import DEFAULT_LOSS, TARGETS, DropsConfig, Target, ThresholdsConfig
 
 
@@ -81,3 +82,9 @@ def test_the_drops_of_a_comparison_have_a_default():
 def test_a_drop_below_zero_is_called_a_gain():
     assert str(Target("max_drop", -0.008)) == "accuracy at least 0.008 above the backbone's"
     assert str(Target("max_drop", 0.0)) == "accuracy at most 0 below the backbone's"
+
+
+@pytest.mark.parametrize("threshold", [70, [0.5, 70]])
+def test_a_threshold_in_percent_is_refused_before_anything_is_loaded(threshold):
+    with pytest.raises(PteeError, match=r"did you mean (0\.5,)?0\.7\?$"):
+        make_recipe(None, {"threshold": threshold})
