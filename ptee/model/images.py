@@ -9,10 +9,11 @@ from torch import Tensor
 from torch._C._functorch import TransformType, is_batchedtensor, is_gradtrackingtensor, peek_interpreter_stack
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.data import Subset
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import DataError, PteeError
 from ptee._common.text import number_of, type_name
-from ptee.data.batches import odd_tensor, require_plain
+from ptee.data.batches import is_loader, odd_tensor, require_plain
 
 
 def detached() -> PteeError:
@@ -72,6 +73,27 @@ def _refuse_grad(x: Tensor) -> None:
 def is_plain(x: Any) -> bool:
     """Whether this is a tensor that holds its numbers one by one, as all code of networks expects."""
     return isinstance(x, Tensor) and not odd_tensor(x)
+
+
+def require_answers(unanswered: Tensor, data: object) -> None:
+    """Refuse data with images (n,) that the backbone does not answer: whatever an exit says of them would count as the same."""
+    if count := int(unanswered.sum()):
+        first, n = int(unanswered.int().argmax()), len(unanswered)
+        raise DataError(
+            f"The backbone's logits are NaN for {count:,} of {number_of(n, 'image')} (the first has the index {_place(data, first)}), so there "
+            "is no answer to compare with. Leave such images out."
+        )
+
+
+def _place(data: Any, row: int) -> str:
+    """The index of a row, in the user's own data set where the rows are some of it that were drawn."""
+    if is_loader(data):  # which may have any order
+        return f"{row} in the order of the loader"
+    if type(data) is not Subset:
+        return str(row)
+    while type(data) is Subset:
+        data, row = data.dataset, int(data.indices[row])
+    return f"{row} in the {type(data).__name__} of {len(data):,}"
 
 
 def require_device(x: Tensor, device: torch.device) -> None:

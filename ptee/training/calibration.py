@@ -46,6 +46,7 @@ from ptee.data.batches import (
 from ptee.data.recorded import recorded
 from ptee.exits.confidence import CALIBRATED, Calibrated, log_odds
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.images import require_answers
 from ptee.training.config import TrainingConfig
 
 QUESTIONS = {
@@ -202,7 +203,7 @@ def calibrate(
     with own_random_numbers(seed), same_each_time:
         model.to(device_of(model.heads, device)).eval()
         try:
-            outputs = _run_heads(model, loader)
+            outputs = _run_heads(model, loader, data)
         finally:
             model.to(home)
     return _calibrated(model, outputs, target)
@@ -250,8 +251,8 @@ def _positives(outputs: _Outputs, target: str) -> Tensor:
 
 
 @torch.inference_mode()
-def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
-    odds, answers, labels, marks = [], [], [], []
+def _run_heads(model: EarlyExitModel, loader: Iterable[Any], data: object) -> _Outputs:
+    odds, answers, labels, marks, unanswered = [], [], [], [], []
     for batch in with_bar(loader, "calibrating"):
         images, known = split_batch(batch)
         every = model.all_exits(model.prepared(images))
@@ -261,8 +262,10 @@ def _run_heads(model: EarlyExitModel, loader: Iterable[Any]) -> _Outputs:
         answers.append(every.logits.argmax(-1).cpu())
         labels.append(numbered(known, images))
         marks.append(marks_of(images))
+        unanswered.append(every.logits[-1].isnan().any(-1).cpu())
     if not answers:
         raise DataError("The data gave no batch: it is empty.")
+    require_answers(torch.cat(unanswered), data)
     targets = torch.cat(labels)
     none = bool((targets == UNKNOWN_LABEL).all())
     fault = "" if none else odd_labels(targets, model.num_classes)

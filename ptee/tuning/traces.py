@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ptee._common.errors import DataError, PteeError
 from ptee._common.progress import with_bar
-from ptee._common.text import number_of
 from ptee._common.validation import BATCH_SIZE, checked
 from ptee.analysis.freezing import device_of, running_on
-from ptee.data.batches import batches, is_loader, marks_of, numbered, own_generator, split_batch
+from ptee.data.batches import batches, marks_of, numbered, own_generator, split_batch
 from ptee.data.labels import no_accuracy, usable_labels
 from ptee.data.recorded import recorded
 from ptee.exits.blend import BLENDED, Blend, Exits, confidence_of_blend
@@ -29,6 +27,7 @@ from ptee.exits.confidence import CONFIDENCES, LEARNED, Calibrated, find_confide
 from ptee.exits.plan import heads_run
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.images import require_answers
 
 SAMPLE = 128  # images that are kept
 MANY_CLASSES = 100  # above which logits are kept in half precision
@@ -310,29 +309,8 @@ def record(
             parts.append(part if logits else replace(part, logits=None, confidence_logits=None))
     if not parts:
         raise DataError("The data gave no batch: it is empty.")
-    _require_answers(torch.cat(unanswered), data)
+    require_answers(torch.cat(unanswered), data)
     return _join(parts, model.num_classes)
-
-
-def _require_answers(unanswered: Tensor, data: object) -> None:
-    """Refuse images (n,) that the backbone does not answer: whatever an exit says of them would count as the same."""
-    if count := int(unanswered.sum()):
-        first, n = int(unanswered.int().argmax()), len(unanswered)
-        raise DataError(
-            f"The backbone's logits are NaN for {count:,} of {number_of(n, 'image')} (the first has the index {_place(data, first)}), so there "
-            "is no answer to compare with. Leave such images out."
-        )
-
-
-def _place(data: Any, row: int) -> str:
-    """The index of a row, in the user's own data set where the rows are some of it that were drawn."""
-    if is_loader(data):  # which may have any order
-        return f"{row} in the order of the loader"
-    if type(data) is not Subset:
-        return str(row)
-    while type(data) is Subset:
-        data, row = data.dataset, int(data.indices[row])
-    return f"{row} in the {type(data).__name__} of {len(data):,}"
 
 
 def repeated(

@@ -272,11 +272,12 @@ def test_the_seed_draws_the_order_of_a_loader_and_a_second_calibration_replaces_
     assert model.calibrated != first
 
 
-def test_an_image_whose_answers_are_not_finite_teaches_nothing(model, images):
+def test_an_image_whose_exits_answer_nan_teaches_nothing(model, images):
     calibrate(model, unlabelled(images[torch.arange(n) != 3]))
-    without = model.calibrated
-    images[3] = math.nan
-    found = calibrate(model, unlabelled(images))
+    without, fourth = model.calibrated, torch.arange(n)[:, None] == 3
+    for head in model.heads:
+        head.logits.register_forward_hook(lambda _, given, out: out.masked_fill(fourth, math.nan))
+    found = calibrate(model, unlabelled(images), batch_size=n)
     assert [e.images for e in found.exits] == [n - 1, n - 1]
     assert [*model.calibrated.scale, *model.calibrated.shift] == pytest.approx(
         [*without.scale, *without.shift], rel=1e-4
@@ -284,6 +285,13 @@ def test_an_image_whose_answers_are_not_finite_teaches_nothing(model, images):
     confidence = model.all_exits(images).confidence[:-1]
     assert confidence[:, 3].isnan().all()
     assert confidence.isnan().sum() == len(confidence)
+
+
+def test_an_image_that_the_backbone_does_not_answer_is_refused_with_its_place(model, images):
+    images[3] = math.nan
+    with pytest.raises(DataError, match=rf"logits are NaN for 1 of {n} images \(the first has the index 3\)"):
+        calibrate(model, unlabelled(images))
+    assert model.calibrated is None
 
 
 def test_a_model_in_half_precision_decides_alike(images):
