@@ -24,6 +24,9 @@ from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
 
 
+NO_ANSWER = "the backbone's logits are NaN"
+
+
 @dataclass(frozen=True)
 class Job:
     """What a process needs to know. It travels between machines, so it holds names and numbers only.
@@ -63,11 +66,13 @@ class Worker:
         self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
 
     def table(self, samples: Sequence[Sample]) -> Any:
-        """A row for each sample: key, label, fault (why it cannot be read; else empty), mark (by which the image is known again), and the columns of the job's kind."""
+        """A row for each sample: key, label, fault (why it cannot be read, or has no answer; else empty), mark (by which the image is known again), and the columns of the job's kind."""
         images, faults = self._decoded(samples)
         marks = marks_of(images)  # now, as a network may write into its images
         with torch.inference_mode():
-            made = self._answers(images) if self.job.kind == "traces" else self._inputs(images)
+            made, bare = self._answers(images) if self.job.kind == "traces" else self._inputs(images)
+        unanswered = bare.isnan().any(-1).tolist()
+        faults = [fault or NO_ANSWER * none for fault, none in zip(faults, unanswered, strict=True)]
         readable = np.array([not fault for fault in faults])
         pa = arrow()
         columns = {
@@ -105,8 +110,8 @@ class Worker:
             )  # fmt: skip
         return number
 
-    def _answers(self, images: Tensor) -> dict[str, Tensor]:
-        """(b, width) each, the exit axis first inside the width. Answers are the exits' own, not blended."""
+    def _answers(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(b, width) each, the exit axis first inside the width, and the backbone's logits (b, K). Answers are the exits' own, not blended."""
         every = self.model.all_exits(self.model.prepared(images))
         thresholds = with_off(self.model.threshold, self.model.off)
         leaving = first_exit(every.confidence[:-1], thresholds)
@@ -117,17 +122,17 @@ class Worker:
             "confidence_logits": every.confidence_logits.float().T,
         }
         if self.job.logits == 0:
-            return found
+            return found, every.logits[-1]
         z = every.logits.float().log_softmax(-1).transpose(0, 1)  # (b, E+1, K)
         if self.job.logits is not None:
             z, classes = z.topk(min(self.job.logits, z.shape[-1]), dim=-1)
             found["classes"] = classes.int().flatten(1)
-        return found | {"logits": z.half().flatten(1)}
+        return found | {"logits": z.half().flatten(1)}, every.logits[-1]
 
-    def _inputs(self, images: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         reading = self.model.read(self.model.prepared(images))
         found = {f"input{n}": half(x.flatten(1)) for n, x in enumerate(reading.inputs)}
-        return found | {"logits": reading.logits.float()}
+        return found | {"logits": reading.logits.float()}, reading.logits
 
 
 def half(x: Tensor) -> Tensor:

@@ -307,6 +307,15 @@ def test_a_file_of_names_for_shards_names_each_class_of_the_backbone_once(lines,
         with_classes(Job("run"), knowing([0, 1, 2]), Source("", "webdataset", (), ()), tmp_path / "classes.txt")
 
 
+@pytest.mark.parametrize("kind", ["traces", "cache"])
+def test_an_image_that_the_backbone_does_not_answer_is_left_out_and_named(kind, a_run, shards):
+    model, source = ptee.load(a_run), find_source(shards)
+    second = torch.tensor([[False], [True], [False]])
+    model.backbone.fc.register_forward_hook(lambda _, given, out: out.masked_fill(second, float("nan")))
+    table = Worker(Job("run", kind), model).table(list(samples(source, source.files))[:3])
+    assert table["fault"].to_pylist() == ["", "the backbone's logits are NaN", ""]
+
+
 def test_a_name_that_a_run_recorded_for_two_classes_is_no_label(tmp_path):
     model = knowing([0, 1, 2], ["crane", "owl", "crane"])
     job, _ = with_classes(Job("run"), model, Source("", "webdataset", (), ()), None)
