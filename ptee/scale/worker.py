@@ -23,7 +23,6 @@ from ptee.exits.config import with_off
 from ptee.model.build import load_moved
 from ptee.model.early_exit import EarlyExitModel
 
-
 NO_ANSWER = "the backbone's logits are NaN"
 
 
