@@ -38,7 +38,7 @@ from ptee.backbones.library import (
     require_pixels,
 )
 from ptee.backbones.matching import find_network
-from ptee.backbones.record import LIBRARIES, checked_record, rebuilding
+from ptee.backbones.record import LIBRARIES, WEIGHTS, checked_record, rebuilding
 from ptee.backbones.weights import load_weights
 
 RESERVED_ARGS = {"num_classes", "weights", "progress", "checkpoint_path", "cache_dir"}  # ptee gives these itself
@@ -184,6 +184,10 @@ def find_model(text: str) -> tuple[str, str]:
     for name, library in LIBRARIES.items():
         if library.has_model(text):
             return name, text
+    if text.endswith(WEIGHTS):
+        said = " is a file of weights, and no network. Give the name of one, with "
+        own = "; a network of your own is built in Python, and loads them."
+        raise BackboneError(Argument.text("model", text), said, Argument.text("weights", text), own, value=text)
     every = [name for library in LIBRARIES.values() for name in library.list_names()]
     raise unknown("model", text, every, argument="model")
 

@@ -192,7 +192,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     """
     images, labels = _pick(batch)
     if not isinstance(images, Tensor) or images.ndim != 4:
-        raise DataError(f"A batch should be (images (b, c, h, w), labels (b,)), but it is a {_describe(batch)}.")
+        text = f"A batch should be (images (b, c, h, w), labels (b,)), but it is a {_describe(batch)}."
+        raise DataError(f"{text}{_meant(batch)}")
     require_plain(images)
     numbers = None if labels is None else _class_numbers(labels, len(images))
     return images, None if numbers is None or (numbers == UNKNOWN_LABEL).all() else numbers
@@ -259,6 +260,21 @@ def _pick(batch: Any) -> tuple[Any, Any]:
         return batch.get(image_key(batch)), next(iter(labels), None)
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     return (*parts, None)[:2] if len(parts) in (1, 2) else (None, None)
+
+
+def _meant(batch: Any) -> str:
+    """What to give in place of a batch without images, with a blank before it; empty where nobody can tell."""
+    if isinstance(batch, Mapping):
+        image, label = (" or ".join(map(repr, keys)) for keys in (IMAGE_KEYS, LABEL_KEYS))
+        return f" In a mapping the image stands under {image}, and its label under {label}."
+    ranks = (
+        [part.dim() if isinstance(part, Tensor) else None for part in batch] if isinstance(batch, tuple | list) else []
+    )
+    if len(ranks) == 2 and ranks[1] == 4:
+        return " Give them the other way round: each item is (image, label)."
+    if 4 in ranks:
+        return " Each item is (image, label) or (image,): leave out the rest."
+    return " An image has channels: give image[None]." if 3 in ranks[:1] else ""
 
 
 def image_key(of: Mapping[str, Any]) -> str | None:

@@ -256,7 +256,7 @@ def complete(
     drawn = dict(zip([*missing, "train"], draw(n, [size] * len(missing), seed), strict=True))
     parts = {**delivered, **{part: _take(train, places) for part, places in drawn.items()}}
     each = "each " if len(missing) > 1 else ""
-    return parts, f"{names}: {each}{DRAWN_PERCENT} % of the training images, drawn with seed {seed}"
+    return parts, f"{names}: {each}{DRAWN_PERCENT} % of the {number_of(n, 'training image')}, drawn with seed {seed}"
 
 
 def _take(pictures: Any, places: list[int]) -> Any:

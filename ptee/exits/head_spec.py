@@ -89,8 +89,10 @@ def _stages(name: str, kind: str) -> tuple[Stage, ...]:
 
 
 def as_list(given: Any) -> list[Any]:
-    """One value, or several."""
-    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    """One value, or several; "pool,conv1" is a list, too."""
+    if isinstance(given, str):
+        return [part.strip() for part in given.split(",")]
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def one_each(what: str, given: list[Any], exits: int) -> list[Any]:

@@ -174,7 +174,7 @@ class Placer:
         given = exits.split(",") if isinstance(exits, str) else [exits] if isinstance(exits, int | float) else exits
         if not isinstance(given, Sequence) or not all(isinstance(e, str | int | float) for e in given):
             raise CutError(
-                f"Exits {exits!r} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']."
+                f"Exits {exits!r:.60} is no placement and no list. Give a list such as [0.2, 0.5] or ['layer1']; of a plan [e.name for e in plan.exits]."
             )
         names = self._names
         parts = [_name_or_number(part, names) for part in given]

@@ -88,7 +88,8 @@ def _measured(results: Mapping[str, Any]) -> str:
             [name, *(_number(row[key]) for key in names)] for name, row in (("backbone", bare), ("early exits", own))
         ]
         lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
-        words = [f"On {number_of(int(results['samples']), 'image')}. {_plain(results['about'])}".strip()]
+        about = _plain(results["about"])
+        words = [f"On {number_of(int(results['samples']), 'image')}.{f' Data: {about}' * bool(about)}"]
         if own["speedup"] is not None:
             ms = 1e3 / own["images_per_s"]
             words.append(

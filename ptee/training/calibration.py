@@ -93,7 +93,8 @@ class ExitCalibration:
         if rarer < MIN_OF_EITHER:
             share, none = ("only", "no image") if positives == rarer else ("all but", "every image")
             which = f"{share} {number_of(rarer, 'image')}" if rarer else none
-            return f"on {which} {QUESTIONS[target]}, so h is a rough guess. Train longer, or give more images."
+            advice = "Train longer, or give more images." if positives == rarer else "Give more images."
+            return f"on {which} {QUESTIONS[target]}, so h is a rough guess. {advice}"
         return ""
 
 

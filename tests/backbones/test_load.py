@@ -355,6 +355,13 @@ def test_a_third_library_is_one_entry_in_the_list(monkeypatch, tmp_path):
         load_backbone("third/tini")
 
 
+@pytest.mark.parametrize("name", ["net.pth", "/tmp/some where/net.safetensors"])
+def test_a_file_of_weights_in_place_of_a_network_is_called_what_it_is(name):
+    said = rf"^model='{name}' is a file of weights, and no network\. Give the name of one, with weights='{name}'; .* Python"
+    with pytest.raises(BackboneError, match=said):
+        load_backbone(name)
+
+
 @pytest.mark.parametrize(
     ("wish", "argument", "value"),
     [

@@ -24,7 +24,7 @@ def test_an_item_is_a_float_image_and_an_int(folder):
 def test_the_summary_says_source_sizes_and_rule(folder):
     assert opened(folder).summary == (
         f"{folder}: images of 2 classes, 18 for train, 2 to watch the training, 6 for validation; "
-        "those to watch the training are 10 % of the training images, drawn with seed 0; thresholds are chosen on "
+        "those to watch the training are 10 % of the 20 training images, drawn with seed 0; thresholds are chosen on "
         "half of the validation images."
     )
 

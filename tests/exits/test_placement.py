@@ -572,6 +572,7 @@ def test_the_title_says_how_exits_were_named(exits, said):
 
 def test_an_exit_that_cannot_pay_says_whether_its_own_head_is_too_dear():
     own = str(plan(["stem", "blocks.1"], head=["pool", "conv20"]))
+    assert str(plan("stem,blocks.1", head="pool, conv20")) == own
     assert "Exit 1 (blocks.1) costs" in own
     assert "Take a cheaper head than conv20 there, or an earlier exit." in own
     others = str(plan(["stem", "blocks.1"], head=["conv20", "pool"]))

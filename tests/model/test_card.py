@@ -40,7 +40,7 @@ def test_a_card_says_what_was_measured_and_how_to_use_it(tmp_path):
         "import ptee",
     ):
         assert line in text
-    assert "On 40 images. Pictures of &lt;b&gt;cats&lt;/b&gt; \\| dogs." in text
+    assert "On 40 images. Data: Pictures of &lt;b&gt;cats&lt;/b&gt; \\| dogs." in text
     assert text.startswith("---\n")
     assert "library_name: ptee" in text
 

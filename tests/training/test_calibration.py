@@ -222,7 +222,7 @@ def test_with_few_images_of_one_answer_the_table_says_that_the_numbers_are_rough
     labels = model.all_exits(images).logits[0].argmax(-1)
     labels[:7] = (labels[:7] + 1) % K
     found = calibrate(model, TensorDataset(images, labels), target="right")
-    assert "Exit 0: on all but 7 images the answer is the label, so h is a rough guess. Train longer" in str(found)
+    assert "Exit 0: on all but 7 images the answer is the label, so h is a rough guess. Give more images." in str(found)
     assert "Exit 1" not in str(found)
 
 
