@@ -133,8 +133,7 @@ def compare(
         seen += [f"{name}: {words}" for words in filter(None, known)][:1]  # of both it is mostly the same
         if keep is not None:
             keep[name] = replace(as_answered(model, pair.report), logits=None, confidence_logits=None)
-        own = _of_run(name, _with_times(pair, times, name), allowed, wanted, model.answers)
-        found += with_bar(own, f"thresholds of {name}", progress)
+        found += _of_run(name, _with_times(pair, times, name), allowed, wanted, model.answers, progress)
     assert pair is not None
     if not same_images(*parts) and (words := _shared(pair)):
         seen.append(words)
@@ -314,11 +313,14 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
 # ---------------------------------------------------------------------------------------------------- lines of the table
 
 
-def _of_run(name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str], answers: str) -> Iterator[Line]:
+def _of_run(
+    name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str], answers: str, progress: bool
+) -> Iterator[Line]:
     own = pair.report.confidence_name
     solved: dict[tuple[str, bool], dict[str, tuple[Solution, ...]]] = {}
     done: set[tuple[str, bool, str]] = set()
-    for way in (way for key, way in ways().items() if key in wanted):
+    to_solve = [way for key, way in ways().items() if key in wanted]
+    for way in with_bar(to_solve, f"thresholds of {name}", progress):
         how, kind = (way.confidence or own, way.one), way.answers or answers
         decided = Pair(*(t.under(how[0]) for t in pair))
         if how not in solved:
