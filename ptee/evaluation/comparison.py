@@ -314,7 +314,7 @@ def _cascade(logits: Tensor, backbone: Traces, cost: float) -> Traces:
 
 
 def _of_run(
-    name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str], answers: str, progress: bool
+    name: str, pair: Pair, drops: Sequence[float], wanted: Sequence[str], answers: str, progress: bool = False
 ) -> Iterator[Line]:
     own = pair.report.confidence_name
     solved: dict[tuple[str, bool], dict[str, tuple[Solution, ...]]] = {}
