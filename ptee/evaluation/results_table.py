@@ -71,7 +71,7 @@ class Results(Readable):
         note: why there is no accuracy though the data has labels, in a sentence; else empty.
         doubt: that the backbone is near chance under the labels, or right on far fewer images than usual, in a sentence; else empty. Then
             no accuracy says anything.
-        seen: sentences that the heads were trained, or the thresholds chosen, on some of these images, if they were; else empty.
+        seen: sentences that the heads were not trained; or that they were, or the thresholds chosen, on some of these images; else empty.
         usual_right: on which share of how many images the backbone is right, where that is in no doubt: here, or else before.
         truncation: for each exit, the score of the backbone cut off there, with no other head.
         off: exits that are off: no image leaves there, whatever T is.

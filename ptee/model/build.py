@@ -17,7 +17,7 @@ from ptee._common.validation import checked, require_arguments
 from ptee.analysis.freezing import freeze
 from ptee.analysis.verify import buffers_put_back, require_no_drift
 from ptee.backbones.load import Backbone, load_backbone, rebuild
-from ptee.backbones.weights import tensor_hashes
+from ptee.backbones.weights import tensor_hashes, weights_hash
 from ptee.exits.build import build_exits
 from ptee.exits.front import named_front
 from ptee.exits.plan import Plan
@@ -88,7 +88,9 @@ def augment(
     )
     first = named_front(front, backbone, weights=front_weights, pretrained=pretrained)
     where = {"exits": exits, "num_exits": num_exits, "places_by": places_by}
-    return build(backbone, **where, head=head, head_budget=head_budget, front=first)
+    made = build(backbone, **where, head=head, head_budget=head_budget, front=first)
+    made.heads_as_drawn = weights_hash(made.heads)
+    return made
 
 
 def plan(model: str | nn.Module, **options: Any) -> Plan:

@@ -98,6 +98,7 @@ class EarlyExitModel(
         like = one_parameter(network.module)
         self.heads = nn.ModuleList(exit_heads).to(like.device, widest_type(network.module))
         self.as_built = runs.tensors_of(self)  # only such can be saved
+        self.heads_as_drawn = ""  # a hash of heads that `augment` made
         self.calibrated: Calibrated | None = None
         self.blend: Blend | None = None
         self._answers = OWN

@@ -14,6 +14,7 @@ from ptee._common.errors import Argument, DataError, warn
 from ptee._common.progress import Log
 from ptee._common.text import beside, number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
+from ptee.backbones.weights import weights_hash
 from ptee.data.batches import CALIBRATED_ON, TRAINED_ON, WATCHED, is_loader, sample_of_marks, share_known_again
 from ptee.data.labels import FEWEST, much_less_right
 from ptee.data.recorded import recorded
@@ -128,6 +129,8 @@ def _chosen(
         require_right(target, traces, model.num_classes)
         if words := unlike_before(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1]):
             warn(words)
+    if words := not_trained(model):
+        warn(words)
     if trained := known_images(model, traces.marks, own=False):
         if config.confidence is not None and A_FEW not in trained:
             text = f"Nothing can be guaranteed here. {trained}"
@@ -214,6 +217,13 @@ def unlike_before(model: EarlyExitModel, right: float | None, n: int) -> str:
         f"The backbone is right on {right:.1%} of these images, and on {usual[0]:.1%} of those that the model was measured on before. See "
         "whether these are prepared alike (size, mean and std, channels), and whether their labels are its class numbers."
     )
+
+
+def not_trained(model: EarlyExitModel) -> str:
+    """A sentence, if the heads are as `ptee.augment` made them; else none."""
+    if not model.heads_as_drawn or weights_hash(model.heads) != model.heads_as_drawn:
+        return ""
+    return "The heads have learned nothing yet. Train them first: ptee.train(model, train_data)."
 
 
 def known_images(model: EarlyExitModel, marks: Tensor | None, *, own: bool = True) -> str:

@@ -52,6 +52,18 @@ def test_a_target_that_is_refused_leaves_the_thresholds_as_they_were(target):
     assert model.threshold == [0.3, 0.6]
 
 
+def test_whoever_forgot_to_train_the_heads_is_told_so():
+    model = ptee.augment(made().detach(), exits=["0", "2"], head="pool", input_size=SIZE)
+    data = TensorDataset(*labelled())
+    said = "The heads have learned nothing yet. Train them first: ptee.train(model, train_data)."
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        ptee.tune(model, data, max_fidelity_drop=0.5)
+    assert said in str(ptee.evaluate(copy.deepcopy(model), data, speed=False))
+    model.off = []
+    ptee.train(model, data, epochs=1, views=1)
+    assert said not in str(ptee.evaluate(model, data, speed=False))
+
+
 class Unread(torch.utils.data.Dataset):
     """Images that nobody may read."""
 
