@@ -57,7 +57,7 @@ def test_whoever_forgot_to_train_the_heads_is_told_so():
     data = TensorDataset(*labelled())
     said = "The heads have learned nothing yet. Train them first: ptee.train(model, train_data)."
     with pytest.warns(UserWarning, match=re.escape(said)):
-        ptee.tune(model, data, max_fidelity_drop=0.5)
+        ptee.tune(model, data, max_fidelity_drop=0.5, answers="own")
     assert said in str(ptee.evaluate(copy.deepcopy(model), data, speed=False))
     model.off = []
     ptee.train(model, data, epochs=1, views=1)
