@@ -161,7 +161,7 @@ class Results(Readable):
         """What the columns mean, a line each."""
         right = "the label" if self.early_exit.accuracy is not None else "the backbone's answer"
         speed = (
-            f"images/s, speed: measured on {self.device} in batches of {self.batch_size}; a slow network gets smaller batches than were asked "
+            f"images/s, speed: measured on {self.device} in batches of {self.batch_size}. Slow networks get smaller batches than were asked "
             "for. speed is the bare backbone's time divided by this one's, measured in turns."
         )
         return LEGEND.format(right=right, asked=self.asked or right) + (f"\n{speed}" if self.timed else "")
