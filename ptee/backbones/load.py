@@ -185,9 +185,8 @@ def find_model(text: str) -> tuple[str, str]:
         if library.has_model(text):
             return name, text
     if text.endswith(WEIGHTS):
-        said = " is a file of weights, and no network. Give the name of one, with "
-        own = "; a network of your own is built in Python, and loads them."
-        raise BackboneError(Argument.text("model", text), said, Argument.text("weights", text), own, value=text)
+        said = f"{text!r} is a file of weights, and no network. Give the name of a network, and this as the file of its weights; a network "
+        raise BackboneError(f"{said}of your own is built in Python, and loads them.", argument="model", value=text)
     every = [name for library in LIBRARIES.values() for name in library.list_names()]
     raise unknown("model", text, every, argument="model")
 

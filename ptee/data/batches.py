@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from numbers import Integral, Number
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def batches(
             raise DataError(f"The {name} {number!r:.60} must be a whole number, at least {least} and at most {most:,}.")
     if wrong := _no_data(data):
         raise DataError(f"{described(argument, data)}, {wrong}", argument=argument, value=data)
-    if _is_empty(data):
+    if length_hint(data, 1) == 0:  # the loader of an iterable data set has no length
         raise DataError(f"{argument} is empty: this {type(data).__name__} has length 0.", argument=argument, value=data)
     if is_loader(data):
         return data
@@ -109,6 +110,11 @@ def described(argument: str, data: Any) -> str:
     return f"{argument} is a {type(data).__name__}{value}"
 
 
+def number_of_images(data: Any) -> int | None:
+    """How many images a map-style data set holds; None of anything else."""
+    return None if _no_data(data) or is_loader(data) else len(data)
+
+
 def _no_data(data: Any) -> str:
     """Why this is neither a data set nor a loader, and what to give; empty if it is one."""
     if isinstance(data, Iterator):
@@ -132,16 +138,8 @@ def is_loader(data: Any) -> bool:
 
 
 def _is_map_style(data: Any) -> bool:
-    if isinstance(data, (str, bytes, tuple, Mapping)):
-        return False
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
-
-
-def _is_empty(data: Any) -> bool:
-    try:
-        return len(data) == 0
-    except TypeError:  # the loader of an iterable data set has no length
-        return False
+    is_other = isinstance(data, (str, bytes, tuple, Mapping))
+    return not is_other and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
 def _collate(samples: list[Any]) -> Any:
@@ -265,16 +263,18 @@ def _pick(batch: Any) -> tuple[Any, Any]:
 def _meant(batch: Any) -> str:
     """What to give in place of a batch without images, with a blank before it; empty where nobody can tell."""
     if isinstance(batch, Mapping):
+        if image_key(batch) is not None:
+            return ""
         image, label = (" or ".join(map(repr, keys)) for keys in (IMAGE_KEYS, LABEL_KEYS))
         return f" In a mapping the image stands under {image}, and its label under {label}."
-    ranks = (
-        [part.dim() if isinstance(part, Tensor) else None for part in batch] if isinstance(batch, tuple | list) else []
-    )
+    parts = batch if isinstance(batch, tuple | list) else ()
+    ranks = [part.dim() if isinstance(part, Tensor) else None for part in parts]
     if len(ranks) == 2 and ranks[1] == 4:
         return " Give them the other way round: each item is (image, label)."
     if 4 in ranks:
         return " Each item is (image, label) or (image,): leave out the rest."
-    return " An image has channels: give image[None]." if 3 in ranks[:1] else ""
+    three = " Grey images need an axis for their channel (image[None]), and a loader of single images a batch_size."
+    return three if 3 in ranks[:1] else ""
 
 
 def image_key(of: Mapping[str, Any]) -> str | None:

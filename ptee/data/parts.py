@@ -2,7 +2,7 @@
 
     FOLDER/manifest.json            what the rows are of, and which parts are whole
     FOLDER/part-00000/*.parquet     some thousand rows each
-    FOLDER/unreadable.json          images that cannot be read, by name
+    FOLDER/unreadable.json          images that cannot be used, by name, and why
 
 A part is written under another name, and renamed when it is whole; only then the manifest names it, with a hash of each of its
 files. So half a part is never taken for a whole one, and files of other folders are refused.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ class PartFile(_Strict):
 
 
 class Part(_Strict):
-    """A part that is whole: its number of rows with an answer, of those with a label, of images that cannot be read; its files."""
+    """A part that is whole: its number of rows with an answer, of those with a label, of images that cannot be used; its files."""
 
     name: str = Field(pattern=NAME)
     rows: int = Field(ge=0)
@@ -87,7 +88,7 @@ class Manifest(_Strict):
 
     @property
     def rows(self) -> int:
-        """Of all parts, without images that cannot be read."""
+        """Of all parts, without images that cannot be used."""
         return sum(part.rows for part in self.parts)
 
     @property
@@ -97,7 +98,7 @@ class Manifest(_Strict):
 
     @property
     def unreadable(self) -> int:
-        """Images that cannot be read."""
+        """Images that cannot be read, or that the backbone does not answer."""
         return sum(part.unreadable for part in self.parts)
 
 
@@ -133,8 +134,9 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     except ValidationError as why:
         first = why.errors()[0]
         raise DataError(
-            f"{folder / MANIFEST} is damaged or of another version: {'.'.join(map(str, first['loc']))}: {first['msg']}. Delete the folder, and make it "
-            "again."
+            f"{folder / MANIFEST} is damaged or of another version: {'.'.join(map(str, first['loc']))}: {first['msg']}. Make it again (",
+            OVERWRITE,
+            ").",
         ) from why
     except (OSError, ValueError, TypeError) as why:
         raise DataError(f"{folder / MANIFEST} cannot be read: {first_line(why)}") from why
@@ -144,7 +146,7 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
 
 
 def read_whole(folder: Path, kind: str) -> Manifest:
-    """The manifest of a folder that is finished. If more images cannot be read than it was allowed, it is refused."""
+    """The manifest of a folder that is finished. If more images cannot be used than it was allowed, it is refused."""
     manifest = read_manifest(folder, kind)
     if not manifest.whole:
         done = f"{len(manifest.parts)} of its {manifest.planned} parts are there"
@@ -154,19 +156,19 @@ def read_whole(folder: Path, kind: str) -> Manifest:
 
 
 def _require_few_unreadable(folder: Path, manifest: Manifest) -> None:
-    """Refuse a folder in which more images cannot be read than it was allowed."""
+    """Refuse a folder in which more images cannot be used than it was allowed."""
     bad, rows = manifest.unreadable, manifest.rows + manifest.unreadable
     if bad > max(FEW, manifest.max_unreadable * rows):
         make = "ptee trace" if manifest.kind == "traces" else "ptee cache"
         allowed = Argument("max_unreadable", f"{min(1.0, 2 * bad / rows):.2g}")
         raise DataError(
-            f"{bad:,} of {rows:,} images cannot be read; they are named in {folder / UNREADABLE}. Replace them and "
+            f"{bad:,} of {rows:,} images cannot be used; they are named in {folder / UNREADABLE}. Replace them and "
             f"begin {make} again (", OVERWRITE, "), or allow it more: ", allowed, ".",
         )  # fmt: skip
 
 
 def row_groups(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[Any]:
-    """Tables of some thousand rows with these columns, part by part, without images that cannot be read. A changed file is refused."""
+    """Tables of some thousand rows with these columns, part by part, without images that cannot be used. A changed file is refused."""
     pa = arrow()
     for part in sorted(manifest.parts, key=lambda part: part.name):
         rows = 0
@@ -268,7 +270,7 @@ class PartsWriter:
 
 
 def _summary(name: str, folder: Path) -> tuple[Part, list[dict[str, str]]]:
-    """What the manifest says of a part, and the images of it that cannot be read."""
+    """What the manifest says of a part, and the images of it that cannot be used."""
     pa = arrow()
     files, faults, rows, labelled = [], [], 0, 0
     for path in sorted(folder.glob("*.parquet")):
@@ -307,12 +309,12 @@ def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limi
     as_read = from_json(to_json(dict(about)))
     found = Manifest(kind=kind, ptee_version=__version__, about=as_read, planned=planned, parts=[])
     if is_parts_folder(folder, kind):
-        old = read_manifest(folder, kind)
         if overwrite:
-            for part in old.parts:
-                shutil.rmtree(folder / part.name, ignore_errors=True)
+            for name in _parts_named_in(folder):
+                shutil.rmtree(folder / name, ignore_errors=True)
             (folder / UNREADABLE).unlink(missing_ok=True)
         else:
+            old = read_manifest(folder, kind)
             _require_alike(folder, old, found)
             found = old
             found.parts = [part for part in old.parts if _is_whole(folder, part)]  # the others are made again
@@ -322,6 +324,13 @@ def _begun(folder: Path, kind: Any, about: Mapping[str, Any], planned: int, limi
     _require_few_unreadable(folder, found)  # the same call, given again, is not allowed more
     write_json(folder / MANIFEST, found.model_dump(mode="json"))
     return found
+
+
+def _parts_named_in(folder: Path) -> list[str]:
+    """The parts that a manifest names, also one of another version."""
+    parts = read_object(folder / MANIFEST, LARGEST_MANIFEST).get("parts")
+    names = [part.get("name") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return [name for name in names if isinstance(name, str) and re.fullmatch(NAME, name)]
 
 
 def _is_whole(folder: Path, part: Part) -> bool:

@@ -25,7 +25,6 @@ AGAIN = "Export the model again."
 ELSEWHERE, LENGTH_ENDS = b"location", (8, 0)  # a length of 8 is the byte 8, or written longer, 0 at its end
 _NOT_KNOWN = "The mean and std of the images are not recorded (nobody gave them)"
 _GIVE_THEM = "or export the model again with them: ptee.export(model, FOLDER, mean=..., std=...)."
-PIXELS_NOT_KNOWN = f"{_NOT_KNOWN}. Pictures are normalised by ImageNet's. If the backbone takes others, {_GIVE_THEM.removeprefix('or ')}"
 UPLOADS_NOT_KNOWN = f"{_NOT_KNOWN}, so pictures are refused. Send arrays that you prepared, {_GIVE_THEM}"
 PICTURES_NOT_KNOWN = (
     f"{_NOT_KNOWN}, so pictures cannot be prepared. Give `predict` images that you prepared, {_GIVE_THEM}"

@@ -37,6 +37,7 @@ from ptee.exits.config import NEVER
 from ptee.exits.front import Prepare, require_same_question
 from ptee.exits.times import BatchTimes
 from ptee.model.early_exit import EarlyExitModel, require_early_exit
+from ptee.model.images import require_answers
 from ptee.model.saving import warn_of_changes
 from ptee.tuning.candidates import can_blend
 from ptee.tuning.config import DropsConfig, Target
@@ -287,7 +288,9 @@ def _logits(
     dtype = one_parameter(network.module).dtype
     with running_on(place, network.module), torch.inference_mode():
         again = repeated(part, traces, words=network.name, **how)
-        return torch.cat([network.module(prepare(x.to(place)).to(dtype)).float().cpu() for x in again])
+        logits = torch.cat([network.module(prepare(x.to(place)).to(dtype)).float().cpu() for x in again])
+    require_answers(logits.isnan().any(-1), part, f"{network.name}'s")
+    return logits
 
 
 def _macs(network: Backbone) -> int:

@@ -25,7 +25,7 @@ from ptee.model.early_exit import EarlyExitModel, require_early_exit
 from ptee.model.saving import warn_of_changes
 from ptee.model.settings import Thresholds
 from ptee.tuning.traces import Traces, record, truncation
-from ptee.tuning.tune import known_images, not_trained, outcome_in_force, unlike_before, usual_right
+from ptee.tuning.tune import known_images, outcome_in_force, unlike_before, usual_right
 
 __all__ = ["Results", "Row", "evaluate"]
 
@@ -96,7 +96,7 @@ def evaluate(
         usual = usual_right(model) if found.doubt or rows[0].accuracy is None else (rows[0].accuracy, found.samples)
         found = replace(found, usual_right=usual)
         outcome, loses_too_much = outcome_in_force(view, found.to_dict())
-        seen = not_trained(model) or known_images(view, traces.marks, own=threshold is None)
+        seen = known_images(view, traces.marks, own=threshold is None)
         found = replace(found, seen=seen, outcome=outcome, loses_too_much=loses_too_much)
         if keep:
             model.results = (model.results or {}) | found.to_dict()

@@ -198,10 +198,11 @@ class Placer:
             raise CutError("No exit is named. Give a placement such as 'pareto', fractions, or names of modules.")
         if not (meant := _as_fractions(wanted)) and all(isinstance(e, str) for e in wanted):
             return self._by_name([str(e) for e in wanted])
-        if not (wrong := [str(e) for e in wanted if isinstance(e, bool | str) or not 0 < e < 1]):
+        if not (wrong := [e for e in wanted if isinstance(e, bool | str) or not 0 < e < 1]):
             return self._by_fractions(sorted(float(e) for e in wanted))
         neither = "neither names of modules nor fractions of the backbone's cost between 0 and 1"
-        text = f"Exits {wanted} are {neither}{f': {some(wrong)}' * (len(wrong) < len(wanted))}."
+        which = "" if len(wrong) == len(wanted) else some([str(e) for e in wrong if not isinstance(e, str)])
+        text = f"Exits {wanted} are {neither}{f': {which}' * bool(which)}."
         raise CutError(text, *meant, *_as_number(wanted))
 
     def _by_rule(self, rule: str, num_exits: int | None) -> list[Cut]:

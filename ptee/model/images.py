@@ -75,12 +75,12 @@ def is_plain(x: Any) -> bool:
     return isinstance(x, Tensor) and not odd_tensor(x)
 
 
-def require_answers(unanswered: Tensor, data: object) -> None:
-    """Refuse data with images (n,) that the backbone does not answer: whatever an exit says of them would count as the same."""
+def require_answers(unanswered: Tensor, data: object, whose: str = "The backbone's") -> None:
+    """Refuse data with images (n,) that a network does not answer: whatever an exit says of them would count as the same."""
     if count := int(unanswered.sum()):
         first, n = int(unanswered.int().argmax()), len(unanswered)
         raise DataError(
-            f"The backbone's logits are NaN for {count:,} of {number_of(n, 'image')} (the first has the index {_place(data, first)}), so there "
+            f"{whose} logits are NaN for {count:,} of {number_of(n, 'image')} (the first has the index {_place(data, first)}), so there "
             "is no answer to compare with. Leave such images out."
         )
 

@@ -19,9 +19,9 @@ from ptee.data.batches import UNKNOWN_LABEL, batches, numbered, split_batch
 from ptee.data.labels import describe_labels
 from ptee.data.pictures import all_broken_named
 from ptee.data.splits import images_to_report_on
-from ptee.deploy.manifest import PIXELS_NOT_KNOWN
 from ptee.deploy.runner import Runner, load_exported
 from ptee.exits.config import NEVER
+from ptee.model.images import require_answers
 from ptee.pipeline.images import open_images
 
 IN_INT8 = "\nThe backbone is that of these files, in int8. ptee export compared with the one in float32, so its fidelity is another number."
@@ -142,7 +142,8 @@ def evaluate_exported(
     images, words, labels = images_for(runner, folder, data, data_root, classes)
     loader = batches(images, batch_size=batch_size, shuffle=False, num_workers=num_workers)
     with all_broken_named([images]):
-        parts = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
+        *parts, unanswered = [torch.cat(part) for part in zip(*_answered(runner, loader), strict=True)]
+    require_answers(unanswered, images)
     return _results(runner, parts, f"{words} {describe_labels(labels, word)} {NOT_KNOWN}")
 
 
@@ -150,23 +151,24 @@ def images_for(
     runner: Runner, folder: str, data: str, data_root: Path | None, classes: Path | None
 ) -> tuple[Any, str, Any]:
     """Images to report on for an exported model; which they are, in a sentence; and how their labels were found."""
+    runner.require_pixels_known()
     m = runner.manifest
     view = InputConfig(m.input_size, m.mean, m.std, m.interpolation)
     backbone = Backbone(_AsModule(runner), m.backbone, m.classes, view)
     how: dict[str, Any] = {"check": True, "device": "cpu", "report_only": True}
     found, labels = open_images(data, backbone, seed=0, root=data_root, classes=classes, trained=m.class_names, **how)
-    images, words = images_to_report_on(found, {}, folder)
-    return images, words if m.pixels_known else f"{PIXELS_NOT_KNOWN}\n\n{words}", labels
+    return *images_to_report_on(found, {}, folder), labels
 
 
 def _answered(runner: Runner, loader: Any) -> Iterator[tuple[Tensor, ...]]:
-    """For each batch the labels (-1 for none), the backbone's answers, own answers, exits and costs."""
+    """For each batch the labels (-1 for none), the backbone's answers, own answers, exits, costs, and whether the backbone has no answer."""
     for batch in with_bar(loader, "answering", True):
         images, labels = split_batch(batch)
         x = _given(runner, images)
         out, bare = runner.predict(x), runner.predict(x, NEVER)
         answers = (_tensor(each.logits).float().argmax(1) for each in (bare, out))
-        yield numbered(labels, images), *answers, _tensor(out.exit_index), _tensor(out.cost).double()
+        unanswered = _tensor(bare.logits).isnan().any(1)
+        yield numbered(labels, images), *answers, _tensor(out.exit_index), _tensor(out.cost).double(), unanswered
 
 
 def _results(runner: Runner, parts: list[Tensor], about: str) -> ExportedResults:

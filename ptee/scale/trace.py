@@ -145,7 +145,7 @@ def fill(make: Any, source: Source, job: Job, writer: PartsWriter, *, workers: i
         if missing:
             make(source, missing, job, writer, workers=workers, done=done)
     manifest = writer.manifest
-    bad = f"; {manifest.unreadable:,} cannot be read and are named in unreadable.json" if manifest.unreadable else ""
+    bad = f"; {manifest.unreadable:,} cannot be used and are named in unreadable.json" if manifest.unreadable else ""
     parts = number_of(len(manifest.parts), "part")
     log(f"{manifest.rows:,} images in {parts} in {writer.folder}{bad}.{_labelled(manifest, source)}")
 

@@ -137,7 +137,7 @@ class Worker:
 def half(x: Tensor) -> Tensor:
     """In half precision, or a DataError where that cannot hold a number."""
     found = x.half()
-    if not found.isfinite().all() and x.isfinite().all():
+    if (found.isinf() & x.isfinite()).any():
         raise DataError(
             f"Some of what the heads read is as large as {x.abs().max():g}, which half precision cannot hold."
         )
@@ -145,7 +145,7 @@ def half(x: Tensor) -> Tensor:
 
 
 def _column(values: Tensor, readable: np.ndarray) -> Any:
-    """Rows (b, width) as an Arrow column of lists, or of numbers if width is 1. Rows that cannot be read are zeros."""
+    """Rows (b, width) as an Arrow column of lists, or of numbers if width is 1. Rows that cannot be used are zeros."""
     pa = arrow()
     rows = np.ascontiguousarray(values.cpu().numpy())
     rows[~readable] = 0

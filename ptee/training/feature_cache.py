@@ -166,8 +166,8 @@ class Cache(Dataset[Entry]):
     def put(self, rows: slice | Tensor, reading: Reading, labels: Tensor | None) -> None:
         """Write a batch into these rows."""
         for to, tensor in zip(self._tensors, (*reading.inputs, reading.logits), strict=True):
-            to[rows] = tensor.to(to.dtype)
-            if to.dtype == torch.float16 and not to[rows].isfinite().all() and tensor.isfinite().all():
+            to[rows] = kept = tensor.to(to.dtype)
+            if to.dtype == torch.float16 and (kept.isinf() & tensor.isfinite()).any():
                 raise _too_large(
                     f"Some of what the heads read is as large as {tensor.abs().max():g}, which half precision cannot hold, and "
                     "single precision takes too much memory. Run"

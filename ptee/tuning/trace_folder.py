@@ -53,7 +53,7 @@ class TraceFolder(Readable, RecordedTraces):
     def words(self) -> str:
         """What it holds, in a sentence."""
         bad = self.manifests[0].unreadable
-        left_out = f", without {bad:,} that cannot be read" if bad else ""
+        left_out = f", without {bad:,} that cannot be used" if bad else ""
         return f"{self.folders[0]}: traces of {number_of(len(self), 'image')}{left_out}."
 
     @cached_property
@@ -236,7 +236,7 @@ def open_traces(*folders: str | Path) -> TraceFolder:
                 f"{path}: its manifest does not say {missing[0] if missing else 'logits'}. Record it again."
             )
         if not manifest.rows:
-            raise DataError(f"{path} holds no image that can be read.")
+            raise DataError(f"{path} holds no image that can be used.")
         manifests.append(manifest)
     return TraceFolder(paths, tuple(manifests))
 

@@ -15,7 +15,7 @@ from ptee._common.progress import Log
 from ptee._common.text import beside, number_of
 from ptee._common.validation import BATCH_SIZE, checked_with
 from ptee.backbones.weights import weights_hash
-from ptee.data.batches import CALIBRATED_ON, TRAINED_ON, WATCHED, is_loader, sample_of_marks, share_known_again
+from ptee.data.batches import CALIBRATED_ON, TRAINED_ON, WATCHED, number_of_images, sample_of_marks, share_known_again
 from ptee.data.labels import FEWEST, much_less_right
 from ptee.data.recorded import recorded
 from ptee.data.splits import Unseen, parts_for_tuning
@@ -113,11 +113,12 @@ def _chosen(
 
     The labels are `trusted`, or they are refused where the backbone is near chance under them.
     """
-    if not is_loader(data) and hasattr(data, "__len__"):  # what is not possible is refused before the images are read
-        require_images(target, config.confidence, len(data), each_exit=config.each_exit)
+    known, kinds = recorded(data), str(config.answers)
+    # what is not possible is refused before the images are read
+    if n := len(data) if known is not None else number_of_images(data):
+        require_images(target, config.confidence, n, each_exit=config.each_exit)
     if times is None:
         require_reachable(target, model.plan.least_cost, config.margin)
-    known, kinds = recorded(data), str(config.answers)
     if kinds == "auto" and known is not None and not known[0].can_give_logits(model, known[1]):
         kinds = OWN
     traces = replace(record(model, data, logits=kinds != OWN, own=True, **how), times=times)
@@ -129,8 +130,6 @@ def _chosen(
         require_right(target, traces, model.num_classes)
         if words := unlike_before(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1]):
             warn(words)
-    if words := not_trained(model):
-        warn(words)
     if trained := known_images(model, traces.marks, own=False):
         if config.confidence is not None and A_FEW not in trained:
             text = f"Nothing can be guaranteed here. {trained}"
@@ -219,7 +218,7 @@ def unlike_before(model: EarlyExitModel, right: float | None, n: int) -> str:
     )
 
 
-def not_trained(model: EarlyExitModel) -> str:
+def _not_trained(model: EarlyExitModel) -> str:
     """A sentence, if the heads are as `ptee.augment` made them; else none."""
     if not model.heads_as_drawn or weights_hash(model.heads) != model.heads_as_drawn:
         return ""
@@ -227,10 +226,13 @@ def not_trained(model: EarlyExitModel) -> str:
 
 
 def known_images(model: EarlyExitModel, marks: Tensor | None, *, own: bool = True) -> str:
-    """Sentences, if the heads were trained, or the thresholds chosen, on some of the images with these marks (n,); else none.
+    """Sentences, if the heads were trained, or the thresholds chosen, on some of the images with these marks (n,), or the heads were
+    never trained; else none.
 
     Without `own`, the thresholds are others than the model's, which were not chosen on any of these images.
     """
+    if words := _not_trained(model):
+        return words
     results = model.results or {}
     trained, chosen = results.get(TRAINED_ON), results.get("tuning")
     found = []

@@ -357,8 +357,10 @@ def test_a_third_library_is_one_entry_in_the_list(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["net.pth", "/tmp/some where/net.safetensors"])
 def test_a_file_of_weights_in_place_of_a_network_is_called_what_it_is(name):
-    said = rf"^model='{name}' is a file of weights, and no network\. Give the name of one, with weights='{name}'; .* Python"
+    said = rf"^'{name}' is a file of weights, and no network\. Give the name of a network, and this as .* Python"
     with pytest.raises(BackboneError, match=said):
+        load_backbone(name)
+    with pytest.raises(BackboneError, match=said), other_words({"weights": f"static={name}"}):
         load_backbone(name)
 
 

@@ -22,13 +22,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose folder says what its classes are called."""
     model = made()
     model.results = {"data": {"split": {"classes": NAMES}}}
-    return ptee.export(model, tmp_path_factory.mktemp("evaluate") / "exported")
+    return ptee.export(model, tmp_path_factory.mktemp("evaluate") / "exported", mean=0.5, std=0.5)
 
 
 def test_classes_are_told_by_the_names_that_the_model_was_exported_with(exported, run):
     done = run("evaluate", exported, "--data", pictures(Path("some"), NAMES[1:], 3), "--json")
     assert "The 3 classes of the data have the backbone's numbers." in done.err
     assert json.loads(done.out)["accuracy"] is not None
+
+
+def test_pictures_are_refused_if_nobody_said_how_they_are_normalised(run, tmp_path):
+    folder, images = ptee.export(made(), tmp_path / "exported"), pictures(tmp_path / "images", NAMES, 1)
+    for command in ("evaluate", "bench"):
+        done = run(command, folder, "--data", images)
+        assert_refused(done, "mean and std of the images are not recorded .* so pictures cannot be prepared")
 
 
 def test_a_class_that_was_renamed_does_not_shift_the_others(exported, run):

@@ -59,8 +59,11 @@ def test_what_is_written_is_read_without_images_that_cannot_be_read(whole):
 def test_a_folder_of_another_version_is_refused_with_what_to_do(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     (whole / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1}))
-    with pytest.raises(DataError, match=r"of another version: schema_version.*Delete the folder, and make it again\."):
+    with pytest.raises(DataError, match=r"of another version: schema_version.*Make it again \(overwrite=True\)\."):
         read_whole(whole, "traces")
+    with begun(whole, planned=1, overwrite=True) as writer:
+        add(writer, "part-7", table("ab"))
+    assert sorted(path.name for path in whole.iterdir()) == ["manifest.json", "part-7"]
 
 
 def test_half_a_part_is_not_there_and_the_next_writer_goes_on(tmp_path):
@@ -154,7 +157,7 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path):
 def test_too_many_images_that_cannot_be_read_end_it_and_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("ptee.data.parts.FEW", 1)
     with (
-        pytest.raises(PteeError, match=r"2 of 4 images cannot be read.*max_unreadable"),
+        pytest.raises(PteeError, match=r"2 of 4 images cannot be used.*max_unreadable"),
         begun(tmp_path / "out", limit=0.1) as writer,
     ):
         add(writer, "part-0", table("abcd", damaged="bd"))
@@ -166,9 +169,9 @@ def test_the_same_call_given_again_is_not_allowed_more(tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(PteeError), begun(out, planned=1, limit=0.1) as writer:
         add(writer, "part-0", table("abcd", damaged="bd"))
-    with pytest.raises(PteeError, match="2 of 4 images cannot be read"), begun(out, planned=1, limit=0.1):
+    with pytest.raises(PteeError, match="2 of 4 images cannot be used"), begun(out, planned=1, limit=0.1):
         pass
-    with pytest.raises(PteeError, match=r"2 of 4 images cannot be read.*ptee trace"):
+    with pytest.raises(PteeError, match=r"2 of 4 images cannot be used.*ptee trace"):
         read_whole(out, "traces")
     with begun(out, planned=1, limit=0.6) as writer:
         assert writer.missing(["part-0"]) == []

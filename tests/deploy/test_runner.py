@@ -68,6 +68,7 @@ def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, tmp_pa
         (place / "weights.bin").write_bytes(weight.raw_data)
     onnx.external_data_helper.set_external_data(weight, where, 0, len(weight.raw_data))
     weight.ClearField("raw_data")
+    network.doc_string = "a location of no weights"
     file.write_bytes(network.SerializeToString())
     values["pieces"][-1]["sha256"] = file_hash(file)
     (folder / MANIFEST).write_text(json.dumps(values | {"fingerprint": fingerprint(values)}))

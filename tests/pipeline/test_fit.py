@@ -481,7 +481,7 @@ UNFIT = {
     "a label of 70 bits": (lambda x, *_: (x, 2**70), "cannot form a batch"),
     "an id beside it": (lambda x, y, i: (x, y, f"no {i}"), r"Each item is \(image, label\) or \(image,\): leave out the rest\."),
     "the label first": (lambda x, y, _: (y, x), r"the other way round: each item is \(image, label\)\."),
-    "no channel": (lambda x, y, _: (x[0], y), r"An image has channels: give image\[None\]\."),
+    "no channel": (lambda x, y, _: (x[0], y), r"Grey images need an axis for their channel \(image\[None\]\)"),
     "names of one's own": (lambda x, y, _: {"spec": x, "y": y}, "image stands under 'image' or .* its label under 'label' or"),
     "other names": (lambda x, y, i: {"image": x, "label" if i else "class": y}, "cannot form a batch|should be"),
 }  # fmt: skip

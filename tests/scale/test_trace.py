@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
-from ptee.data.batches import batches
+from ptee.data.batches import batches, sample_of_marks
 from ptee.data.labels import class_orders
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import Sample, Source, find_source, samples
@@ -96,6 +96,11 @@ def test_functions_take_a_folder_in_place_of_images(a_run, shards, folder):
 def test_images_are_known_again_in_a_folder_of_traces_and_by_it(a_run, shards, folder, tmp_path):
     model, pictures = ptee.load(a_run), Pictures(a_run, shards)
     assert set(folder.marks(None).tolist()) == set(record(model, pictures).marks.tolist())
+    some = torch.tensor([7, 2], device="cpu")
+    assert torch.equal(folder.marks(some), folder.marks(None)[some])
+    half = Subset(folder, range(15))
+    ptee.calibrate(model, half)
+    assert model.results["calibrated_on"]["marks"] == sample_of_marks(folder.marks(None)[:15])
     assert torch.equal(folder.traces(model, rows=None, logits=False, own=True).marks, folder.marks(None))
     ptee.calibrate(model, folder)  # h of these images cannot show what it guarantees on them
     with pytest.raises(DataError, match=r"^The confidence was calibrated on these images.* confidence=0\.9 guarantees"):
@@ -203,10 +208,10 @@ def test_damaged_pictures_are_counted_and_named_and_the_others_kept(a_run, tmp_p
 def test_a_folder_in_which_too_many_cannot_be_read_is_refused_again_and_when_opened(a_run, tmp_path):
     shard(tmp_path / "a.tar", range(20), damaged=range(12))
     for again in (ptee.record, ptee.record, lambda *_: ptee.open_traces(tmp_path / "out")):
-        with pytest.raises(DataError, match="12 of 20 images cannot be read"):
+        with pytest.raises(DataError, match="12 of 20 images cannot be used"):
             again(a_run, tmp_path / "a.tar", tmp_path / "out")
     for again in (ptee.cache, ptee.cache, lambda *_: ptee.open_cache(tmp_path / "cache")):
-        with pytest.raises(DataError, match="12 of 20 images cannot be read"):
+        with pytest.raises(DataError, match="12 of 20 images cannot be used"):
             again(a_run, tmp_path / "a.tar", tmp_path / "cache")
     assert len(ptee.record(a_run, tmp_path / "a.tar", tmp_path / "out", max_unreadable=0.7)) == 8
 
@@ -310,7 +315,7 @@ def test_a_file_of_names_for_shards_names_each_class_of_the_backbone_once(lines,
 @pytest.mark.parametrize("kind", ["traces", "cache"])
 def test_an_image_that_the_backbone_does_not_answer_is_left_out_and_named(kind, a_run, shards):
     model, source = ptee.load(a_run), find_source(shards)
-    second = torch.tensor([[False], [True], [False]])
+    second = torch.tensor([[False] * 10, [True] + [False] * 9, [False] * 10])  # one logit is enough
     model.backbone.fc.register_forward_hook(lambda _, given, out: out.masked_fill(second, float("nan")))
     table = Worker(Job("run", kind), model).table(list(samples(source, source.files))[:3])
     assert table["fault"].to_pylist() == ["", "the backbone's logits are NaN", ""]
