@@ -129,7 +129,7 @@ def _with_images(
     except DataError as why:
         if where.get("data"):
             raise
-        note = f"Left out: the run's own thresholds on real images. {why}"
+        note = f"Left out: the run's own thresholds on real images. {why.worded(where.get('word', str))}"
         return load_run(run, weights), None, note
 
 

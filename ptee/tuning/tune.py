@@ -130,7 +130,9 @@ def _chosen(
         require_right(target, traces, model.num_classes)
         if words := unlike_before(model, traces.score_at(traces.exits).accuracy, traces.answers.shape[1]):
             warn(words)
-    if trained := known_images(model, traces.marks, own=False):
+    if words := _not_trained(model):
+        warn(words)
+    elif trained := known_images(model, traces.marks, own=False):
         if config.confidence is not None and A_FEW not in trained:
             text = f"Nothing can be guaranteed here. {trained}"
             raise DataError(text, argument="data")

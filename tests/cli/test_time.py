@@ -73,16 +73,16 @@ def test_where_times_are_kept_is_said_beside_the_json(run, finished):
 
 
 def test_without_its_images_a_run_is_timed_on_noise_and_a_sentence_says_so(run, finished, monkeypatch):
-    from ptee._common.errors import DataError
+    from ptee._common.errors import Argument, DataError
     from ptee.pipeline import timed_run
 
     def gone(*_: object, **__: object) -> None:
-        raise DataError("The images are gone.")
+        raise DataError("The images are gone. Give ", Argument("data", "FOLDER"), ".")
 
     monkeypatch.setattr(timed_run, "open_run", gone)
     done = run("bench", finished, *ONE)
     assert done.status == 0
-    assert "Left out: the run's own thresholds on real images. The images are gone." in done.out
+    assert "Left out: the run's own thresholds on real images. The images are gone. Give --data FOLDER." in done.out
     assert "own thresholds " not in done.out.partition("Left out")[0]
 
 
