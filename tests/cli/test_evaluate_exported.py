@@ -31,8 +31,9 @@ def test_classes_are_told_by_the_names_that_the_model_was_exported_with(exported
     assert json.loads(done.out)["accuracy"] is not None
 
 
-def test_pictures_are_refused_if_nobody_said_how_they_are_normalised(run, tmp_path):
-    folder, images = ptee.export(made(), tmp_path / "exported"), pictures(tmp_path / "images", NAMES, 1)
+def test_pictures_are_refused_if_nobody_said_how_they_are_normalised(exported, run, tmp_path):
+    folder, images = shutil.copytree(exported, tmp_path / "own"), pictures(tmp_path / "images", NAMES, 1)
+    sign(folder, json.loads((folder / "manifest.json").read_text()) | {"pixels_known": False})
     for command in ("evaluate", "bench"):
         done = run(command, folder, "--data", images)
         assert_refused(done, "mean and std of the images are not recorded .* so pictures cannot be prepared")

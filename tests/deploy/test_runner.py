@@ -21,14 +21,19 @@ from torch import nn
 
 import ptee
 from ptee._common.errors import PteeError, RunError
-from ptee._common.files import file_hash
-from ptee.deploy.manifest import MANIFEST, MAX_ROWS, fingerprint
+from ptee.deploy.export import sign
+from ptee.deploy.manifest import MANIFEST, MAX_ROWS
 from ptee.deploy.runner import Runner, _program, main, onnx_piece
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ptee.export(made().cpu(), tmp_path_factory.mktemp("exported") / "out")
+
+
+@pytest.fixture(scope="module")
+def in_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ptee.export(made().cpu(), tmp_path_factory.mktemp("onnx") / "out", format="onnx")
 
 
 def test_a_file_that_was_made_on_a_cpu_names_no_other_device_than_the_one_it_is_loaded_for(exported):
@@ -56,10 +61,10 @@ def test_a_gpu_that_is_not_there_is_named_and_not_the_file(exported):
 
 @needs_onnx
 @pytest.mark.parametrize("where", ["weights.bin", "../weights.bin", "/dev/zero"])
-def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, tmp_path):
+def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, in_onnx, tmp_path):
     import onnx
 
-    folder = ptee.export(made(), tmp_path / "out", format="onnx")
+    folder = shutil.copytree(in_onnx, tmp_path / "out")
     values = json.loads((folder / MANIFEST).read_text())
     file = folder / values["pieces"][-1]["file"]
     network = onnx.load(file)
@@ -70,8 +75,7 @@ def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, tmp_pa
     weight.ClearField("raw_data")
     network.doc_string = "a location of no weights"
     file.write_bytes(network.SerializeToString())
-    values["pieces"][-1]["sha256"] = file_hash(file)
-    (folder / MANIFEST).write_text(json.dumps(values | {"fingerprint": fingerprint(values)}))
+    sign(folder, values)
     with pytest.raises(RunError, match=rf"{file.name} has weights in another file, which is not read\. Export the"):
         ptee.load_exported(folder)
 
