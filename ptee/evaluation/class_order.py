@@ -35,7 +35,9 @@ RECORD_AGAIN: Advice = (
 )
 SORT_ALIKE: Advice = ("Sort the images of all parts into class folders alike.",)
 WORDS = {
-    part: f"{word} images alone" for part, word in zip(PARTS, ("Training", "Calibration", "Validation"), strict=True)
+    "train": "Training images alone",
+    "calibration": "Calibration images alone",
+    "validation": "Validation images alone",
 }
 TRAIN_IT: Advice = ("Give trained weights (", Argument("weights", "FILE"), ").")
 

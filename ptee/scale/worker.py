@@ -137,9 +137,9 @@ class Worker:
 def half(x: Tensor) -> Tensor:
     """In half precision, or a DataError where that cannot hold a number."""
     found = x.half()
-    if (found.isinf() & x.isfinite()).any():
+    if len(lost := x[found.isinf() & x.isfinite()]):
         raise DataError(
-            f"Some of what the heads read is as large as {x.abs().max():g}, which half precision cannot hold."
+            f"Some of what the heads read is as large as {lost.abs().max():g}, which half precision cannot hold."
         )
     return found
 

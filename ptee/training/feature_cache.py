@@ -167,9 +167,9 @@ class Cache(Dataset[Entry]):
         """Write a batch into these rows."""
         for to, tensor in zip(self._tensors, (*reading.inputs, reading.logits), strict=True):
             to[rows] = kept = tensor.to(to.dtype)
-            if to.dtype == torch.float16 and (kept.isinf() & tensor.isfinite()).any():
+            if to.dtype == torch.float16 and len(lost := tensor[kept.isinf() & tensor.isfinite()]):
                 raise _too_large(
-                    f"Some of what the heads read is as large as {tensor.abs().max():g}, which half precision cannot hold, and "
+                    f"Some of what the heads read is as large as {lost.abs().max():g}, which half precision cannot hold, and "
                     "single precision takes too much memory. Run"
                 )
         if labels is not None:

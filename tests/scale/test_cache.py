@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ptee
 from ptee._common.errors import DataError, PteeError
 from ptee.data.pictures import decode_bytes, image_transform
 from ptee.data.shards import find_source, samples
+from ptee.scale.worker import half
 from ptee.training.feature_cache import CacheFolder
 
 SHORT = {"epochs": 2, "batch_size": 10, "views": 1, "shift": 0, "precision": "no"}
@@ -97,6 +99,12 @@ def test_a_cache_of_other_exits_is_refused(a_run, folder):
     other = ptee.augment(model.detach(), exits=["layer1", "layer3"], head="pool", input_size=(3, 16, 16))
     with pytest.raises(DataError, match=r"another exits.*ptee cache RUN"):
         ptee.train(other, folder, **SHORT)
+
+
+def test_what_half_precision_cannot_hold_is_refused_also_beside_an_image_without_an_answer():
+    with pytest.raises(DataError, match=r"as large as 1e\+06, which half precision cannot hold"):
+        half(torch.tensor([[math.nan], [1e6]]))
+    assert half(torch.tensor([[math.nan, math.inf, 1.0]])).dtype == torch.float16
 
 
 def test_views_need_the_images(a_run, folder):

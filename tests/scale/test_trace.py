@@ -234,6 +234,22 @@ def test_a_damaged_shard_ends_it_and_the_same_call_goes_on(a_run, tmp_path, smal
     assert said[0] == "1 of 3 parts are there already."
 
 
+def test_a_run_with_other_exits_off_does_not_go_on_in_the_same_folder(a_run, shards, tmp_path, small_parts):
+    model = ptee.load(a_run)
+    model.save_pretrained(tmp_path / "run")
+    ptee.record(tmp_path / "run", shards, tmp_path / "out")
+    model.off = [1]
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(
+        DataError, match=r"another threshold \(0\.3, 0\.3; now 0\.3, off\)\. It is finished, and can be read"
+    ):
+        ptee.record(tmp_path / "run", shards, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"parts": manifest["parts"][:1]}))
+    with pytest.raises(DataError, match=r"now 0\.3, off\)\. Give another folder"):
+        ptee.record(tmp_path / "run", shards, tmp_path / "out")
+
+
 def test_another_file_of_classes_is_other_labels(a_run, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)

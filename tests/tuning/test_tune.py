@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import ptee
 from ptee._common.errors import DataError, PteeError
+from ptee.exits.times import BatchTimes
 from ptee.tuning.config import Target, ThresholdsConfig
 from ptee.tuning.solution import Solution
 from ptee.tuning.traces import Score
@@ -85,6 +86,28 @@ class Unread(torch.utils.data.Dataset):
 def test_what_is_not_possible_is_refused_before_an_image_is_read(target, said):
     with pytest.raises(PteeError, match=said):
         ptee.tune(made(), Unread(), **target)
+
+
+def test_a_target_in_seconds_is_not_refused_by_operations():
+    model, rows = made(), torch.arange(5, dtype=torch.float64) / 4
+    segments = torch.stack([0.01 * rows, 0.1 * rows, 0.89 * rows])  # exit 0 takes hardly any time, whatever it computes
+    times = BatchTimes(segments, 0 * rows.expand(2, -1), 0.0, "units of a test")
+    cost = model.plan.least_cost / 2
+    found = ptee.tune(model, TensorDataset(*labelled()), max_cost=cost, times=times, answers="own")
+    assert found.score.time <= cost < found.score.cost
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ((torch.zeros(60, *SIZE), torch.zeros(60)), "^data is a tuple"),
+        (TensorDataset(torch.zeros(0, *SIZE)), "^data is empty"),
+    ],
+    ids=["a tuple", "no images"],
+)
+def test_what_is_no_data_set_is_called_that_and_not_too_few_images(data, said):
+    with pytest.raises(DataError, match=said):
+        ptee.tune(made(), data, max_fidelity_drop=0.01, confidence=0.95)
 
 
 def test_a_drop_of_accuracy_is_refused_where_the_backbone_is_near_chance_under_the_labels():
