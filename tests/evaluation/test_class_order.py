@@ -112,7 +112,7 @@ def test_of_many_classes_only_those_in_question_are_compared_with_each_other(mon
         return linear_sum_assignment(fits, **how)
 
     monkeypatch.setattr("scipy.optimize.linear_sum_assignment", assign)
-    known = torch.arange(6000) % 2000
+    known = torch.arange(6000, device="cpu") % 2000
     answers = known.clone()
     answers[known == 7], answers[known == 1999] = 1999, 7
     answers[0], answers[1] = 5, 3
