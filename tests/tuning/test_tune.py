@@ -89,7 +89,7 @@ def test_what_is_not_possible_is_refused_before_an_image_is_read(target, said):
 
 
 def test_a_target_in_seconds_is_not_refused_by_operations():
-    model, rows = made(), torch.arange(5, dtype=torch.float64) / 4
+    model, rows = made(), torch.arange(5, dtype=torch.float64, device="cpu") / 4
     segments = torch.stack([0.01 * rows, 0.1 * rows, 0.89 * rows])  # exit 0 takes hardly any time, whatever it computes
     times = BatchTimes(segments, 0 * rows.expand(2, -1), 0.0, "units of a test")
     cost = model.plan.least_cost / 2
