@@ -84,7 +84,7 @@ def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, in_onn
 def test_a_module_may_be_called_location(tmp_path):
     layers = {"allocation": nn.Conv2d(3, 8, 3), "location": nn.Conv2d(8, 8, 3), "flat": nn.Flatten()}
     network = nn.Sequential(nn.Sequential(OrderedDict(layers)), nn.Linear(8 * 4 * 4, 4))
-    model = ptee.augment(network, exits=["0.allocation"], head="pool", input_size=(3, 8, 8))
+    model = ptee.augment(network.cpu(), exits=["0.allocation"], head="pool", input_size=(3, 8, 8))
     folder = ptee.export(model, tmp_path / "out", format="onnx")
     assert b"location" in b"".join(file.read_bytes() for file in folder.glob("*.onnx"))
     ptee.load_exported(folder)
