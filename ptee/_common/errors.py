@@ -28,7 +28,7 @@ from ptee._common.text import printable, with_run
 
 WITHIN = {"ptee", "torch", "accelerate", "contextlib", "functools"}  # no line of these is the caller's
 
-FARTHER = 0.3  # from the name than the nearest choice, from 0 to 1: such a choice is not meant
+FARTHER = 0.3  # of 1, less like the name than the nearest choice: then a choice is not suggested
 NEAREST = 3  # choices that a message names in answer to a wrong one, at most
 # What other libraries call settings of ptee, in small letters and without _.
 ELSEWHERE = {

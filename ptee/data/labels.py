@@ -322,7 +322,7 @@ def recorded_classes(found: Sequence[str], recorded: Sequence[str], num_classes:
 
 
 def names_differ(label_map: LabelMap, found: Sequence[str], recorded: Sequence[str]) -> LabelMap:
-    """The labels; if they are in doubt, also a sentence where a run recorded the names of its classes and the data call all of theirs otherwise."""
+    """The labels. If they are in doubt, and none of the class names is one that the run recorded, the doubt says so, too."""
     known = {spelt(name) for name in recorded}
     if not (label_map.doubt and known) or any(spelt(name) in known for name in found):
         return label_map

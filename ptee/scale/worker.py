@@ -65,7 +65,10 @@ class Worker:
         self.transform = image_transform(view.input_size, view.mean, view.std, view.interpolation)
 
     def table(self, samples: Sequence[Sample]) -> Any:
-        """A row for each sample: key, label, fault (why it cannot be read, or has no answer; else empty), mark (by which the image is known again), and the columns of the job's kind."""
+        """A row for each sample, with the columns of the job's kind and these:
+
+        key, label, fault (why it cannot be read, or has no answer; else empty), and mark (by which the image is known again).
+        """
         images, faults = self._decoded(samples)
         marks = marks_of(images)  # now, as a network may write into its images
         with torch.inference_mode():
