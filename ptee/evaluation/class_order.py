@@ -237,7 +237,7 @@ def _try(
     with running_on(place, module):
         for batch in batches(images, batch_size=BATCH, shuffle=False):
             x, y = split_batch(batch)
-            answers.append(module(x.to(place, like.dtype)).argmax(-1).cpu())
+            answers.append(module(x.to(place, like.dtype, copy=True)).argmax(-1).cpu())
             labels.append(numbered(y, x))
     return images, torch.cat(answers), torch.cat(labels)
 

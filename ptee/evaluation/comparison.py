@@ -288,7 +288,7 @@ def _logits(
     dtype = one_parameter(network.module).dtype
     with running_on(place, network.module), torch.inference_mode():
         again = repeated(part, traces, words=network.name, **how)
-        logits = torch.cat([network.module(prepare(x.to(place)).to(dtype)).float().cpu() for x in again])
+        logits = torch.cat([network.module(prepare(x.to(place, copy=True)).to(dtype)).float().cpu() for x in again])
     require_answers(logits.isnan().any(-1), part, f"{network.name}'s")
     return logits
 

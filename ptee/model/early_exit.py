@@ -281,9 +281,12 @@ class EarlyExitModel(
             raise wrong_type(x, own, first_line(why)) from why
 
     def prepared(self, x: Tensor) -> Tensor:
-        """Images (b, c, h, w) of a data set, moved to the model's device and number type, if `predict` would take them then."""
+        """A copy of images (b, c, h, w) of a data set, on the model's device and in its number type, if `predict` would take them then.
+
+        A copy, because a network may write into its images, and a data set may give the same ones again.
+        """
         require_images(x, self.plan.input_size[0])
-        return x.to(device_of(self.heads), one_parameter(self.backbone).dtype)
+        return x.to(device_of(self.heads), one_parameter(self.backbone).dtype, copy=True)
 
     def _run(self, call: Call, x: Tensor) -> Tensor:
         """The backbone's answer in a call, with gradients only where the images or the backbone require them."""

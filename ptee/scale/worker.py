@@ -70,7 +70,6 @@ class Worker:
         key, label, fault (why it cannot be read, or has no answer; else empty), and mark (by which the image is known again).
         """
         images, faults = self._decoded(samples)
-        marks = marks_of(images)  # now, as a network may write into its images
         with torch.inference_mode():
             made, bare = self._answers(images) if self.job.kind == "traces" else self._inputs(images)
         unanswered = bare.isnan().any(-1).tolist()
@@ -81,7 +80,7 @@ class Worker:
             "key": pa.array([sample.key for sample in samples], pa.string()),
             "fault": pa.array(faults, pa.string()),
             "label": pa.array([self._label(sample) for sample in samples], pa.int32()),
-            "mark": pa.array(marks.numpy()),
+            "mark": pa.array(marks_of(images).numpy()),
         }
         return pa.table(columns | {name: _column(values, readable) for name, values in made.items()})
 

@@ -356,8 +356,7 @@ def _record_batch(
 ) -> tuple[Traces, Tensor]:
     """The traces of a batch, and (b,) bool for which images the backbone has no answer."""
     ready = model.prepared(images)
-    # now, as a network may write into its images; a slice alone would keep the whole batch
-    sample, marks = images[:kept].to("cpu", ready.dtype, copy=True), marks_of(images)
+    sample = images[:kept].to("cpu", ready.dtype, copy=True)  # a slice alone would keep the whole batch
     with torch.inference_mode():
         own = model.all_exits(ready)
         every = own if alone else model.blended(own)
@@ -371,7 +370,7 @@ def _record_batch(
         confidence_name=model.confidence,
         calibrated=model.calibrated,
         own=None if every is own else own.logits.argmax(-1).cpu(),
-        marks=marks,
+        marks=marks_of(images),
         **costs_of(model),
     )
     return found, own.logits[-1].isnan().any(-1).cpu()

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from device import here, seeded
-from small import SIZE, K, labelled, made
+from small import SIZE, K, Normalises, OwnLoader, labelled, made
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import ptee
 from ptee._common.errors import PteeError
+from ptee.backbones.load import load_backbone
 from ptee.model.images import require_device
 from ptee.tuning.traces import record
 
@@ -146,6 +147,25 @@ def test_data_sets_may_give_another_floating_point_type(given):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a collapse
             assert ptee.train(model, data, epochs=1, cache=cache).epochs
+
+
+READ = {
+    "train": lambda model, data: ptee.train(model, data, epochs=1),
+    "calibrate": lambda model, data: ptee.calibrate(model, data),
+    "tune": lambda model, data: ptee.tune(model, data, max_cost=1.5),
+    "evaluate": lambda model, data: ptee.evaluate(model, data, speed=False),
+    "compare": lambda model, data: ptee.compare(
+        {"mine": model}, data, data, static={"small": load_backbone(Normalises(), input_size=SIZE)}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_the_images_of_a_loader_stay_as_they_are_though_the_network_writes_into_them(how):
+    (x, y), model = labelled(16), ptee.augment(Normalises(), exits=["a"], input_size=SIZE, head="pool")
+    before = x.clone()
+    READ[how](model, OwnLoader(x, y, 8))
+    assert torch.equal(x, before)
 
 
 def test_a_half_model_is_evaluated_on_a_data_set_of_single_precision():
