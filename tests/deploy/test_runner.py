@@ -22,7 +22,7 @@ from torch import nn
 import ptee
 from ptee._common.errors import PteeError, RunError
 from ptee.deploy.export import sign
-from ptee.deploy.manifest import MANIFEST, MAX_ROWS
+from ptee.deploy.manifest import MANIFEST, MAX_ROWS, _require_own_weights
 from ptee.deploy.runner import Runner, _program, main, onnx_piece
 
 
@@ -78,6 +78,12 @@ def test_an_onnx_file_whose_weights_lie_in_another_file_is_refused(where, in_onn
     sign(folder, values)
     with pytest.raises(RunError, match=rf"{file.name} has weights in another file, which is not read\. Export the"):
         ptee.load_exported(folder)
+
+
+def test_a_length_that_is_written_with_more_bytes_than_it_needs_hides_no_weights(tmp_path):
+    (tmp_path / "piece.onnx").write_bytes(b"\n\x88\x00location")
+    with pytest.raises(RunError, match="has weights in another file"):
+        _require_own_weights(tmp_path / "piece.onnx")
 
 
 @needs_onnx

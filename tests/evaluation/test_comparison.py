@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from device import seeded
+from small import blend_for
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -288,6 +289,14 @@ def test_a_run_gets_only_the_lines_that_are_asked_for_with_the_same_numbers():
     wanted = [f"{run}{way}" for run in ("one", "two") for way in ("", ", max probability")]
     assert [each.name for each in some.lines] == wanted
     assert all(line(usual(), each.name) == each for each in some.lines)
+
+
+def test_a_run_that_blends_has_the_lines_of_one_whose_exits_answer_by_themselves():
+    blends, alone = made(1), made(1)
+    blends.confidence = alone.confidence = "max_prob"
+    blends.blend, blends.answers = blend_for(2), "blended"
+    own, other = (compare({"one": m}, images(1), images(2), **OWN) for m in (alone, blends))
+    assert str(own) == str(other)
 
 
 def test_drops_are_sorted_and_repeated_ones_are_dropped():

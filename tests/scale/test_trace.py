@@ -15,6 +15,7 @@ import torch
 from extras import needs_ray
 from images import Oracle, write_folder
 from shards import shard
+from small import blend_for
 from torch.utils.data import Subset
 
 import ptee
@@ -154,6 +155,15 @@ def test_logits_that_memory_cannot_hold_are_left_out_or_refused(a_run, folder, m
     ptee.tune(ptee.load(a_run), folder, max_fidelity_drop=0.3)
     with pytest.raises(DataError, match=r"answers='own'"):
         ptee.tune(ptee.load(a_run), folder, max_fidelity_drop=0.3, answers="blended")
+
+
+def test_traces_give_blended_answers_only_where_these_are_asked_for(a_run, folder):
+    model = ptee.load(a_run)
+    model.confidence, model.blend, model.answers = "max_prob", blend_for(2), "blended"
+    own, blended = (folder.traces(model, rows=None, logits=True, own=own) for own in (True, False))
+    assert own.own is None and torch.equal(own.answers, own.logits.argmax(-1))
+    assert torch.equal(record(model, folder, own=True).answers, own.answers)
+    assert torch.equal(blended.own, own.answers) and not torch.equal(blended.answers, own.answers)
 
 
 def test_traces_of_another_run_are_refused(a_run, folder):
@@ -333,8 +343,14 @@ def test_an_image_that_the_backbone_does_not_answer_is_left_out_and_named(kind, 
     model, source = ptee.load(a_run), find_source(shards)
     second = torch.tensor([[False] * 10, [True] + [False] * 9, [False] * 10])  # one logit is enough
     model.backbone.fc.register_forward_hook(lambda _, given, out: out.masked_fill(second, float("nan")))
-    table = Worker(Job("run", kind), model).table(list(samples(source, source.files))[:3])
-    assert table["fault"].to_pylist() == ["", "the backbone's logits are NaN", ""]
+    given = list(samples(source, source.files))[:3]
+    assert Worker(Job("run", kind), model).table(given)["fault"].to_pylist() == [
+        "",
+        "the backbone's logits are NaN",
+        "",
+    ]
+    given[1] = given[1]._replace(image=b"no picture")  # why it was not decoded says more
+    assert "the backbone" not in Worker(Job("run", kind), model).table(given)["fault"].to_pylist()[1]
 
 
 def test_a_name_that_a_run_recorded_for_two_classes_is_no_label(tmp_path):

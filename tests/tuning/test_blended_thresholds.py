@@ -326,6 +326,17 @@ def test_tune_sets_weights_thresholds_and_exits_together():
     assert (model.answers, model.blend) == ("own", before)
 
 
+@pytest.mark.parametrize("answers", ["own", "blended"])
+def test_a_model_that_blends_is_tuned_as_one_whose_exits_answer_by_themselves(answers):
+    blends, alone = made(), made()
+    blends.confidence = alone.confidence = "max_prob"
+    with torch.no_grad():
+        blends.blend = fit_blend(blends.all_exits(data().tensors[0]).logits.cpu(), data().tensors[1].cpu())
+    blends.answers = "blended"
+    found, expected = (ptee.tune(m, data(), answers=answers, max_cost=1.5) for m in (blends, alone))
+    assert (found.threshold, found.score) == (expected.threshold, expected.score)
+
+
 def test_a_confidence_that_needs_own_answers_is_tuned_with_own_answers():
     model = made()
     model.confidence = "patience"
