@@ -295,7 +295,8 @@ def test_a_run_that_blends_has_the_lines_of_one_whose_exits_answer_by_themselves
     blends, alone = made(1), made(1)
     blends.confidence = alone.confidence = "max_prob"
     blends.blend, blends.answers = blend_for(2), "blended"
-    own, other = (compare({"one": m}, images(1), images(2), **OWN) for m in (alone, blends))
+    how = OWN | {"lines": ["blended", "max_prob", "entropy"]}
+    own, other = (compare({"one": m}, images(1), images(2), **how) for m in (alone, blends))
     assert str(own) == str(other)
 
 
