@@ -146,6 +146,14 @@ class Unread(Two):
         return x * 2
 
 
+class Counted(Two):
+    """Gives a number that was made of all images, such as a loss for the balance of its experts."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.one(x)
+        return x, x.square().mean()
+
+
 class Windows(nn.Module):
     """The batch is folded into windows, and back again."""
 
@@ -178,6 +186,11 @@ REFUSED = {
     "the image not in its output": (Constant, "part.table", "does not depend on the images"),
     "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
     "never called": (Unread, "part.two", "not called"),
+    "a number beside its output": (
+        lambda: Reading(Counted(), lambda pair: pair[0]),
+        "part.inner",
+        r"of shape \(\), is not the 3 images",
+    ),
     "windows in place of rows": (Windows, "part.inside", r"cannot be told apart in its output of shape \(6, 8, 4, 8\)"),
     "axes that cannot be told apart": (Mixed, "part.inside", r"cannot be told apart in its output of shape \(3, 512\)"),
 }
