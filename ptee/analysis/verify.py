@@ -31,8 +31,9 @@ from ptee.analysis.freezing import KeptBuffers, hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
-LARGE_BATCH = 33
-MOST_ROWS = 2.5  # what a large batch of small images may cost, in images of full size
+LEAVING = 2  # rows at each cut, so that all batches with leaving rows are even ones; one image alone is not
+LARGE_BATCH = 48  # groups of 2, 3, 4, 6, 8, 12 or 16 rows fill it, and one image fills none
+MOST_ROWS = 3  # what a large batch of small images may cost, in images of full size
 FREE = 1e9  # multiply-accumulates that are too few to save on
 
 
@@ -40,7 +41,7 @@ FREE = 1e9  # multiply-accumulates that are too few to save on
 def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
     """The cut points (in order of execution) at which rows cannot leave a network in eval mode, each with the reason.
 
-    All are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own. A network
+    All are tried in one pass, where some rows leave at each. Only if that fails, each is tried in a pass of its own. A network
     that is random, or whose rows influence one another even without a cut, raises BackboneError.
     """
     with exact_arithmetic:
@@ -245,11 +246,11 @@ class _InexactError(BackboneError):
 
 
 def _failures(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
-    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size))
+    reference = _Reference.of(module, random_images(module, LEAVING * len(cuts) + STAYING, input_size))
     if cuts and reference.failure(cuts) is None:
         return {}
     reference.check_independence()
-    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size))
+    reference = _Reference.of(module, random_images(module, LEAVING + STAYING, input_size))
     return {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
 
 

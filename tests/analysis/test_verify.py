@@ -173,6 +173,29 @@ def test_code_that_looks_at_the_values_of_the_whole_batch_is_refused(case):
         verify_cut_points(net, [cuts["1.entry"], cuts["1.part"]], SIZE)
 
 
+def other_for_groups_of(rows: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * 1.5 if len(x) % rows == 0 else x
+
+
+@pytest.mark.parametrize("where", range(4))
+@pytest.mark.parametrize("cuts", [["1"], ["1", "3"], ["1", "3", "5"]], ids=["one cut", "two cuts", "three cuts"])
+def test_code_that_treats_an_even_number_of_rows_otherwise_is_refused(cuts, where):
+    parts = [conv(3, 8), conv(), nn.Identity(), conv(), nn.Identity(), conv(), nn.Identity()]
+    parts[2 * where] = nn.Sequential(parts[2 * where], Applying(other_for_groups_of(2)))
+    net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    found = survey(net, SIZE).cuts
+    with pytest.raises(BackboneError, match="influence one another"):
+        verify_cut_points(net, [found[name] for name in cuts], SIZE)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 8, 16])
+def test_code_that_treats_whole_groups_of_rows_otherwise_is_refused(rows):
+    net = Net(Applying(other_for_groups_of(rows)))
+    cut = survey(net, (3, 64, 64)).cuts["entry"]
+    with pytest.raises(BackboneError, match="influence one another"):
+        require_same_in_large_batches(net, cut, (3, 64, 64), 10**9)
+
+
 def mixes_above(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x - x.mean(0) if len(x) > rows else x
 
