@@ -53,7 +53,7 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
             failures = exact
         else:
             doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
-            exact = _failures_in_float64(module, doubtful, input_size) if doubtful else None
+            exact = _failures_in_float64(module, cuts, input_size) if doubtful else None
             if exact is not None:
                 failures = {name: failure for name, failure in failures.items() if not failure.inexact} | exact
     return {cut.name: failures[cut.name].reason for cut in cuts if cut.name in failures}
@@ -251,7 +251,21 @@ def _failures(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int
         return {}
     reference.check_independence()
     reference = _Reference.of(module, random_images(module, LEAVING + STAYING, input_size))
-    return {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
+    alone = {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
+    return alone | _failing_together(module, [cut for cut in cuts if cut.name not in alone], input_size)
+
+
+def _failing_together(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
+    """Those of cuts that pass alone at which rows cannot leave after others left at the cuts before."""
+    failures: dict[str, _Failure] = {}
+    before: list[Cut] = []
+    for cut in cuts:
+        images = random_images(module, LEAVING * (len(before) + 1) + STAYING, input_size)
+        if before and (failure := _Reference.of(module, images).failure([*before, cut])) is not None:
+            failures[cut.name] = failure
+        else:
+            before.append(cut)
+    return failures
 
 
 def _failures_in_float64(

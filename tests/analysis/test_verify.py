@@ -16,6 +16,7 @@ from awkward import REAL_SIZE, SIZE, Applying, InPlace, Net, Two, conv, each_net
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import ptee
 from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.cut_points import Cut, survey
 from ptee.analysis.verify import require_same_in_large_batches, verify_cut_points
@@ -113,6 +114,46 @@ def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
     net = FixedAnswer().eval()
     failed = verify_cut_points(net, [survey(net, SIZE).cuts["inner"]], SIZE)
     assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
+
+
+class Beside(Two):
+    """Gives what it was given beside its output."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, self.two(self.one(x))]
+
+
+class Outer(nn.Module):
+    def __init__(self, read: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.read = Beside(), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.inner(x))
+
+
+def test_rows_leave_inside_and_behind_a_module_that_gives_back_its_input_which_nobody_reads():
+    net = Net(Outer(lambda both: both[1].relu()))
+    model = ptee.augment(net, exits=["part.inner.one", "part.inner"], head="pool", input_size=SIZE)
+    x, leaves = torch.randn(3, *SIZE), torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 2.0]])
+    with torch.no_grad():
+        out = model.predict(x, leaves)
+        alone = torch.cat([model.predict(x[i : i + 1], leaves[i : i + 1]).logits for i in range(3)])
+    assert out.exit_index.tolist() == [0, 1, 2]
+    assert torch.allclose(out.logits, alone, atol=1e-5)
+
+
+def test_of_a_tensor_that_nobody_reads_the_number_of_rows_may_be_read():
+    net = Net(Outer(lambda both: both[1].view(len(both[0]), 8, 8, 8)))
+    assert verify_cut_points(net, [survey(net, SIZE).cuts["part.inner"]], SIZE) == {}
+
+
+def test_cuts_that_pass_alone_and_not_together_fail():
+    net = Net(Outer(lambda both: both[1].relu()))
+    cuts = survey(net, SIZE).cuts
+    both = [cuts["part.inner.one"], replace(cuts["part.inner"], carried=(0, 1), unread=())]
+    assert [verify_cut_points(net, [cut], SIZE) for cut in both] == [{}, {}]
+    assert verify_cut_points(net, both, SIZE).keys() == {"part.inner"}
 
 
 # ---------------------------------------------------------------------------------------------------- rows must be independent
