@@ -214,6 +214,15 @@ def test_code_that_looks_at_the_values_of_the_whole_batch_is_refused(case):
         verify_cut_points(net, [cuts["1.entry"], cuts["1.part"]], SIZE)
 
 
+def test_no_exit_stands_where_a_row_has_values_of_others_that_no_answer_shows():
+    """The norm behind it divides by each row's own scale, so that the scale of the batch is gone."""
+    net = Net(nn.Sequential(Applying(lambda x: x / x.abs().max()), nn.GroupNorm(1, 8, eps=0.0)))
+    cuts = survey(net, SIZE).cuts
+    failed = verify_cut_points(net, [cuts[name] for name in ("entry", "part.0", "part.1")], SIZE)
+    assert failed.keys() == {"part.0"}
+    assert "other images" in failed["part.0"]
+
+
 def other_for_groups_of(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x * 1.5 if len(x) % rows == 0 else x
 
