@@ -74,7 +74,7 @@ def layout_of(axes: Axes, shape: Sequence[int]) -> Layout | None:
             return Layout(order, size["c"], size.get("h", 1), size.get("w", 1))
     if letters == "bc":
         return Layout("bc", size["c"], 1, 1)
-    if letters[0] == "b" and letters[1:].endswith("c"):
+    if letters[:1] == "b" and letters[1:].endswith("c"):
         return _token_layout("b" + "n" * (len(axes) - 2) + "c", axes[1:-1], size["c"])
     if letters == "bcn":
         return _token_layout(letters, axes[2:], size["c"])
@@ -180,6 +180,8 @@ class AxisTracker:
             return self._product(args[1], args[2], shape)
         if first is None or op not in _RULES:
             return self._elementwise(args, shape)
+        if not first:  # one number, of which no dimension can go, move or be split
+            return ((),) * len(shape)
         return _RULES[op](first, args, shape)
 
     def _product(self, left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Axes | None:
@@ -192,7 +194,9 @@ class AxisTracker:
 
     def _cat(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """One grid between other tensors is a grid between other tokens. In any other case the axis gets longer."""
-        tensors = [t for t in args[0] if isinstance(t, Tensor)]
+        tensors = [
+            t for t in args[0] if isinstance(t, Tensor) and t.dim() == len(shape)
+        ]  # torch takes an empty (0,), too
         dim = (args[1] if len(args) > 1 else 0) % len(shape)
         known = [(i, axes) for i, t in enumerate(tensors) if (axes := self.get(t)) is not None]
         if not known:
@@ -322,7 +326,7 @@ def _permute(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
 
 
 def _transpose(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
-    one, two = (int(d) for d in args[1:3]) if len(args) > 2 else (0, 1)
+    one, two = (int(d) for d in args[1:3]) if len(args) > 2 else (0, len(axes) - 1)  # t() leaves one axis where it is
     out = list(axes)
     out[one], out[two] = out[two], out[one]
     return tuple(out)
@@ -349,15 +353,16 @@ def _unbind(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | N
 
 
 def _slice(axes: Axes, args: Sequence[Any], shape: tuple[int, ...]) -> Axes:
-    """A slice of tokens that holds the whole grid keeps it. Any other slice makes the axis shorter."""
+    """A slice of neighbouring tokens that holds the whole grid keeps it. Any other slice makes the axis shorter."""
     dim = int(args[1] if len(args) > 1 else 0) % len(shape)
     start = int(args[2] or 0) if len(args) > 2 else 0
+    step = int(args[4]) if len(args) > 4 else 1
     axis, size = axes[dim], shape[dim]
     if not axis or size == prod(a.size for a in axis):
         return axes
     out = list(axes)
     tokens, grid = axis[0], axis[0].grid if len(axis) == 1 else None
-    if grid is None or not start <= tokens.prefix <= start + size - prod(grid):
+    if grid is None or step > 1 or not start <= tokens.prefix <= start + size - prod(grid):
         out[dim] = _resized(axis, size)
     elif size == prod(grid):
         out[dim] = (Atom("h", grid[0]), Atom("w", grid[1]))

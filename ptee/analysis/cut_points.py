@@ -57,10 +57,12 @@ class Cut:
         shape: shape of the tensor that the head reads, without the batch.
         layout: of that tensor.
         main: which of the output's tensors that is, counted through nested tuples, lists and dicts.
-        carried: all tensors of the output that carry the batch. They lose their rows together.
+        carried: all tensors of the output that carry the batch and are read later. They lose their rows together.
         overwritten: whether something later writes into the memory of the output, so that a head that keeps it needs a copy.
         steps: which modules need not run again, if the forward pass must start again when rows leave here (`replay`). Empty
             if it need not start again, because the rows can be taken out of the output itself.
+        unread: tensors of the output that carry the batch and of which only the shape may be read later. They lose their rows,
+            too, unless they were made before an earlier cut and so still have the rows that left there.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Cut:
     carried: tuple[int, ...]
     overwritten: bool
     steps: tuple[Step, ...] = ()
+    unread: tuple[int, ...] = ()
 
     def feature_map(self, output: Any) -> Tensor:
         """The tensor that the head reads, taken from the module's output."""
@@ -77,7 +80,9 @@ class Cut:
 
     def select(self, output: Any, rows: Tensor) -> Any:
         """The module's output with only these rows: (kept,) positions in the batch as it is at this module."""
-        return select(output, self.carried, rows, len(self.feature_map(output)))
+        tensors, batch = tree_flatten(output)[0], len(self.feature_map(output))
+        unread = [i for i in self.unread if len(tensors[i]) % batch == 0]
+        return select(output, [*self.carried, *unread], rows, batch)
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,12 @@ class _Output:
     def dependent(self) -> dict[int, _Leaf]:
         """The leaves that depend on the images."""
         return {i: leaf for i, leaf in self.leaves.items() if leaf.value is not None}
+
+    @property
+    def read_later(self) -> dict[int, _Leaf]:
+        """Those that the rest of the forward pass reads. What it does not read tells a head of nothing that the answer needs."""
+        later = {i: leaf for i, leaf in self.dependent.items() if leaf.value and leaf.value.last_read > self.time}
+        return later or self.dependent
 
     @cached_property
     def values(self) -> set[_Value]:
@@ -401,21 +412,22 @@ class _Recorder(TorchDispatchMode):
 
 def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
     """The cut at an output around which nothing passes, or at which the pass starts again."""
-    without_rows = [leaf.shape for leaf in output.dependent.values() if not leaf.carries_rows]
+    read = output.read_later
+    without_rows = [leaf.shape for leaf in read.values() if not leaf.carries_rows]
     if without_rows:
         return f"the first axis of a tensor in its output, of shape {without_rows[0]}, is not the {SURVEY_ROWS} images"
     if output.shared_and_overwritten:
         return "tensors in its output share memory that is written into later, and rows are taken out of each by itself"
-    readable = {i: leaf for i, leaf in output.dependent.items() if leaf.layout is not None}
+    readable = {i: leaf for i, leaf in read.items() if leaf.layout is not None}
     if not readable:
-        shape = next(iter(output.dependent.values())).shape
+        shape = next(iter(read.values())).shape
         return f"images, channels and positions cannot be told apart in its output of shape {shape}"
     # Of several tensors the head reads the largest. If several are the largest, it reads the last of them.
     main = max(readable, key=lambda i: (prod(readable[i].shape), i))
     layout = readable[main].layout
     assert layout is not None
-    carried = tuple(output.dependent)
-    return Cut(output.name, readable[main].shape[1:], layout, main, carried, output.overwritten, steps)
+    unread = tuple(i for i, leaf in output.dependent.items() if i not in read and leaf.carries_rows)
+    return Cut(output.name, readable[main].shape[1:], layout, main, tuple(read), output.overwritten, steps, unread)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

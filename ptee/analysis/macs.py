@@ -43,6 +43,7 @@ UNTRACED = {
     "observable data dependence": "it runs in a thread of its own, or not on the images",
     "stateless API": "it calls torch.func.functional_call",
 }
+UNREGISTERED = "requires grad as a constant"
 TOLERANCE = 0.01  # share by which torch's count may be above fvcore's
 
 
@@ -164,6 +165,11 @@ def _not_traced(kind: str, why: Exception) -> str:
     for words, maker in COMPILED.items():
         if words in str(why):
             return f"{kind} calls what {maker} made, and its operators cannot be counted. Let it call the code itself, without {maker}."
+    if UNREGISTERED in str(why):
+        return (
+            f"{kind} computes with weights that are none of its parameters, such as those of modules in a plain list. Register "
+            "them: nn.ModuleList, nn.ModuleDict, nn.Parameter."
+        )
     reason = next((reason for words, reason in UNTRACED.items() if words in str(why)), None)
     return (
         f"{kind} cannot be counted: {reason or f'torch.jit cannot trace it ({first_line(why)})'}. Let its forward "

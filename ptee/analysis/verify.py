@@ -11,9 +11,9 @@ they are computed again in float64. There rounding is gone, but a mistake stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptee._common.errors import BackboneError, first_line
-from ptee.analysis.arithmetic import TOLERANCES, exact_arithmetic, exact_copy, exact_images, scratch_copy, tolerance
+from ptee.analysis.arithmetic import (
+    MIN_SCALE,
+    TOLERANCES,
+    exact_arithmetic,
+    exact_copy,
+    exact_images,
+    scratch_copy,
+    tolerance,
+)
 from ptee.analysis.axes import memory_of
 from ptee.analysis.classifier import logits_of
 from ptee.analysis.cut_points import Cut, random_images, tensors_in, written_by
@@ -31,8 +39,9 @@ from ptee.analysis.freezing import KeptBuffers, hooked
 from ptee.analysis.replay import ActiveRows, ReplayCache, RestartForward, make_cached, merged, run, undo_cached
 
 STAYING = 2  # rows that never leave: one alone would broadcast where a skip connection still carries the rows that left
-LARGE_BATCH = 33
-MOST_ROWS = 2.5  # what a large batch of small images may cost, in images of full size
+LEAVING = 2  # rows at each cut, so that all batches with leaving rows are even ones; one image alone is not
+LARGE_BATCH = 48  # groups of 2, 3, 4, 6, 8, 12 or 16 rows fill it, and one image fills none
+MOST_ROWS = 3  # what a large batch of small images may cost, in images of full size
 FREE = 1e9  # multiply-accumulates that are too few to save on
 
 
@@ -40,7 +49,7 @@ FREE = 1e9  # multiply-accumulates that are too few to save on
 def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, str]:
     """The cut points (in order of execution) at which rows cannot leave a network in eval mode, each with the reason.
 
-    All are tried in one pass, where one row leaves at each. Only if that fails, each is tried in a pass of its own. A network
+    All are tried in one pass, where some rows leave at each. Only if that fails, each is tried in a pass of its own. A network
     that is random, or whose rows influence one another even without a cut, raises BackboneError.
     """
     with exact_arithmetic:
@@ -52,7 +61,7 @@ def verify_cut_points(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[
             failures = exact
         else:
             doubtful = [cut for cut in cuts if cut.name in failures and failures[cut.name].inexact]
-            exact = _failures_in_float64(module, doubtful, input_size) if doubtful else None
+            exact = _failures_in_float64(module, cuts, input_size) if doubtful else None
             if exact is not None:
                 failures = {name: failure for name, failure in failures.items() if not failure.inexact} | exact
     return {cut.name: failures[cut.name].reason for cut in cuts if cut.name in failures}
@@ -245,12 +254,26 @@ class _InexactError(BackboneError):
 
 
 def _failures(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
-    reference = _Reference.of(module, random_images(module, len(cuts) + STAYING, input_size))
+    reference = _Reference.of(module, random_images(module, LEAVING * len(cuts) + STAYING, input_size), cuts)
     if cuts and reference.failure(cuts) is None:
         return {}
     reference.check_independence()
-    reference = _Reference.of(module, random_images(module, STAYING + 2, input_size))
-    return {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
+    reference = _Reference.of(module, random_images(module, LEAVING + STAYING, input_size), cuts)
+    alone = {cut.name: failure for cut in cuts if (failure := reference.failure([cut])) is not None}
+    return alone | _failing_together(module, [cut for cut in cuts if cut.name not in alone], input_size)
+
+
+def _failing_together(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
+    """Those of cuts that pass alone at which rows cannot leave after others left at the cuts before."""
+    failures: dict[str, _Failure] = {}
+    before: list[Cut] = []
+    for cut in cuts:
+        images = random_images(module, LEAVING * (len(before) + 1) + STAYING, input_size)
+        if before and (failure := _Reference.of(module, images).failure([*before, cut])) is not None:
+            failures[cut.name] = failure
+        else:
+            before.append(cut)
+    return failures
 
 
 def _failures_in_float64(
@@ -276,31 +299,40 @@ class _Reference:
     images: Tensor  # (b, c, h, w)
     logits: Tensor  # (STAYING, K) of the last images
     tolerance: float  # how much logits may differ from these
+    relative: float  # the same as a share of the largest value
+    maps: Mapping[str, Tensor] = field(default_factory=dict)  # (STAYING, ...) what a head reads of them, by cut
 
     @classmethod
-    def of(cls, module: nn.Module, images: Tensor) -> _Reference:
+    def of(cls, module: nn.Module, images: Tensor, cuts: Sequence[Cut] = ()) -> _Reference:
         """The reference for a network. It need only be as exact as float32, if that tells its rows apart."""
-        reference = cls._run(module, images, TOLERANCES[torch.float32])
+        reference = cls._run(module, images, TOLERANCES[torch.float32], cuts)
         if reference._rows_differ():
             return reference
         # An untrained network can give nearly the same logits for every image. Float64 still tells the rows apart.
         copied = exact_copy(module)
         try:
-            return reference if copied is None else cls._run(copied, exact_images(images, copied), 0.0)
+            return reference if copied is None else cls._run(copied, exact_images(images, copied), 0.0, cuts)
         except Exception:  # the network's code casts to a type of its own
             return reference
 
     @classmethod
-    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float) -> _Reference:
-        with torch.no_grad():
+    def _run(cls, module: nn.Module, images: Tensor, min_tolerance: float, cuts: Sequence[Cut]) -> _Reference:
+        maps: dict[str, list[Tensor]] = {cut.name: [] for cut in cuts}
+
+        def note(cut: Cut, output: Any) -> None:
+            maps[cut.name].append(cut.feature_map(output).clone())
+
+        with torch.no_grad(), hooked({module.get_submodule(cut.name): partial(note, cut) for cut in cuts}):
             logits = torch.cat([logits_of(module, image[None].clone()) for image in images[-STAYING:]])
-        return cls.with_logits(module, images, logits, min_tolerance)
+        alike = {name: kept for name, kept in maps.items() if len({z.shape for z in kept}) == 1}
+        reference = cls.with_logits(module, images, logits, min_tolerance)
+        return replace(reference, maps={name: torch.cat(kept) for name, kept in alike.items()})
 
     @classmethod
     def with_logits(cls, module: nn.Module, images: Tensor, logits: Tensor, min_tolerance: float = 0.0) -> _Reference:
         """The reference for a network that gives the last rows these logits."""
         relative = max(tolerance(logits.dtype, logits.device), min_tolerance)
-        return cls(module, images, logits, relative * max(logits.abs().max().item(), 1e-30))
+        return cls(module, images, logits, relative * max(logits.abs().max().item(), 1e-30), relative)
 
     def _rows_differ(self) -> bool:
         n = len(self.logits)
@@ -339,8 +371,9 @@ class _Reference:
 
     def failure(self, cuts: Sequence[Cut]) -> _Failure | None:
         """Let the first rows leave, as many at each cut. None if the last rows get the right logits."""
+        gaps: dict[str, float] = {}
         try:
-            logits = self._run_with_rows_leaving(cuts)
+            logits = self._run_with_rows_leaving(cuts, gaps)
         except Exception as why:  # the network's own code may raise anything when there are fewer rows
             return _Failure(f"the rest of the forward pass fails with fewer rows ({first_line(why).rstrip('.')})")
         if logits.shape != self.logits.shape:
@@ -350,10 +383,24 @@ class _Reference:
         if not gap <= self.tolerance:
             reason = f"with fewer rows after it the logits are off by {gap:.1e} (allowed: {self.tolerance:.1e})"
             return _Failure(reason, inexact=math.isfinite(gap))
+        if not (gap := max(gaps.values(), default=0.0)) <= self.relative:
+            reason = (
+                f"what a head would read there of an image depends on the other images of its batch (off by {gap:.1e})"
+            )
+            return _Failure(reason, inexact=math.isfinite(gap))
         return None
 
-    def _run_with_rows_leaving(self, cuts: Sequence[Cut]) -> Tensor:
-        """(rows that stay, K)"""
+    def _gap_at(self, cut: Cut, output: Any) -> float:
+        """How far what a head reads of the last rows is from what it reads of each alone, as a share of its largest value."""
+        want, got = self.maps.get(cut.name), cut.feature_map(output)[-STAYING:]
+        if want is None or want.shape != got.shape:
+            return 0.0  # a number of tokens that depends on the image, of which no head can be made
+        same = (got == want) | (got.isnan() & want.isnan())
+        scale = torch.where(want.isfinite(), want.abs(), 0).max().item()
+        return float(torch.where(same, 0, (got - want).abs()).max().item() / max(scale, MIN_SCALE))
+
+    def _run_with_rows_leaving(self, cuts: Sequence[Cut], gaps: dict[str, float]) -> Tensor:
+        """(rows that stay, K). `gaps` gets how far what heads read is from what they read of each row alone, by cut."""
         steps = {self.module.get_submodule(n): step for n, step in merged([cut.steps for cut in cuts]).items()}
         rows = ActiveRows(len(self.images))
         cache = ReplayCache(steps, rows)
@@ -364,6 +411,7 @@ class _Reference:
             if cut.name in passed:  # the pass has started again
                 return None
             passed.add(cut.name)
+            gaps[cut.name] = self._gap_at(cut, output)
             staying = torch.arange(leaving, len(cut.feature_map(output)), device=self.images.device)
             if cut.steps:
                 cache.require(cut.steps)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptee._common.errors import PteeError
+from ptee._common.errors import PteeError, first_line, ran_out_of_memory
 from ptee.analysis.arithmetic import MIN_SCALE, exact_arithmetic, tolerance
 from ptee.analysis.cut_points import random_images
 from ptee.deploy.segments import Segment
 from ptee.model.early_exit import EarlyExitModel
+from ptee.model.forward import AllExits
 
 BATCHES = (1, 2, 7)
 OF_A_SIGMOID = 1.0  # confidence logits count by what they change of h; a single one may be 0 up to noise
@@ -22,7 +23,16 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
     for b in batches:
         x = random_images(model.backbone, b, model.plan.input_size)
         with torch.no_grad(), exact_arithmetic:
-            gaps, near = _gaps(model, pieces, x), tolerance(x.dtype, x.device)
+            want = model.all_exits(x.clone())  # a network may write into its images
+            try:
+                gaps, near = _gaps(want, pieces, x.clone()), tolerance(x.dtype, x.device)
+            except Exception as why:  # whatever operators raise that torch.export has captured wrongly
+                if ran_out_of_memory(why):
+                    raise
+                raise PteeError(
+                    f"{model.plan.backbone} cannot be taken apart: the whole model answers a batch of {b}, and its pieces fail "
+                    f"({first_line(why).rstrip('.')}). Use the model as it is."
+                ) from why
         for name, gap in gaps.items():
             if not gap <= near:
                 raise PteeError(
@@ -31,10 +41,9 @@ def check_segments(model: EarlyExitModel, pieces: Sequence[Segment], batches: Se
                 )
 
 
-def _gaps(model: EarlyExitModel, pieces: Sequence[Segment], x: Tensor) -> dict[str, float]:
+def _gaps(want: AllExits, pieces: Sequence[Segment], x: Tensor) -> dict[str, float]:
     """For each exit and the end, how far the answers of the rows that came there are from the model's."""
-    want = model.all_exits(x.clone())  # a network may write into its images
-    alive: Sequence[Tensor] = (x.clone(),)
+    alive: Sequence[Tensor] = (x,)
     rows = torch.arange(len(x), device=x.device)
     gaps = {}
     for piece in pieces[:-1]:

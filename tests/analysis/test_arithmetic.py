@@ -125,7 +125,7 @@ class Rounding(nn.Module):
     """Like a GPU: its output depends on the number of rows by 1e-3, but not in float64."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x * (1 + 1e-3 * (len(x) % 3))
+        return x if x.dtype == torch.float64 else x * (1 + 1e-3 * (len(x) > 1))
 
 
 class Mixing(nn.Module):

@@ -221,6 +221,15 @@ NO_LAYOUT = {
     "rows stacked again": lambda x: torch.stack(list(x)),
     "columns stacked in place of channels": lambda x: torch.stack(x.unbind(3), 1),
     "numbers stacked": lambda x: torch.stack([x.sum(), x.mean()]) * torch.ones(2),
+    "one number": lambda x: x.mean(),
+    "one number, reduced again": lambda x: x.sum().sum(0),
+    "one number, of which the largest is taken": lambda x: x.sum().max(-1).values,
+    "one number, turned": lambda x: x.sum().t().transpose(0, -1).permute(()),
+    "one number as a map": lambda x: x.mean().view(1, 1, 1, 1),
+    "one axis, turned": lambda x: x.flatten().t(),
+    "every second token of a grid and of others behind it": lambda x: torch.cat(
+        [x.flatten(2).mT, torch.zeros(4, 24, 5)], 1
+    )[:, ::2],
 }
 
 
@@ -251,6 +260,7 @@ FOLLOWED = {
     "a cyclic shift": (lambda x: x.permute(0, 2, 3, 1).roll((1, 1), (1, 2)), Layout("bhwc", 5, 4, 6)),
     "padding": (lambda x: torch.nn.functional.pad(x, (0, 2, 0, 1)), Layout("bchw", 5, 5, 8)),
     "more channels": (lambda x: torch.cat([x, x], 1), Layout("bchw", 10, 4, 6)),
+    "a list that began empty": (lambda x: torch.cat([x[:0].flatten(), x], 1), Layout("bchw", 5, 4, 6)),
     "a linear layer on the last axis": (lambda x: x.permute(0, 2, 3, 1) @ torch.ones(5, 7), Layout("bhwc", 7, 4, 6)),
     "a mean over all positions": (lambda x: x.mean((2, 3)), Layout("bc", 5, 1, 1)),
     "tokens, channels first": (lambda x: x.flatten(2), Layout("bcn", 5, 4, 6, tokens=24)),

@@ -54,6 +54,14 @@ class Dense(Two):
         return [x, self.one(x)]
 
 
+class Counted(Two):
+    """Gives a number that was made of all images, such as a loss for the balance of its experts."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.one(x)
+        return x, x.square().mean()
+
+
 class Reading(nn.Module):
     """Makes one map of the output of a module."""
 
@@ -80,6 +88,18 @@ AWKWARD = {  # the part, the module in it, the tensors that carry the batch, the
     ),
     "a dictionary": (lambda: Reading(Dictionary(), lambda d: d["one"] + d["two"]), "part.inner", (0, 1), 1),
     "its input beside its output": (lambda: Reading(Dense(), sum), "part.inner", (0, 1), 1),
+    "its input, which nobody reads, beside its output": (
+        lambda: Reading(Dense(), lambda outputs: outputs[1]),
+        "part.inner",
+        (1,),
+        1,
+    ),
+    "a number that nobody reads beside its output": (
+        lambda: Reading(Counted(), lambda pair: pair[0]),
+        "part.inner",
+        (0,),
+        0,
+    ),
 }
 
 
@@ -178,6 +198,11 @@ REFUSED = {
     "the image not in its output": (Constant, "part.table", "does not depend on the images"),
     "an output that nobody reads": (Unread, "part.one", "the output of 'entry'"),
     "never called": (Unread, "part.two", "not called"),
+    "a number beside its output that is read": (
+        lambda: Reading(Counted(), lambda pair: pair[0] * pair[1]),
+        "part.inner",
+        r"of shape \(\), is not the 3 images",
+    ),
     "windows in place of rows": (Windows, "part.inside", r"cannot be told apart in its output of shape \(6, 8, 4, 8\)"),
     "axes that cannot be told apart": (Mixed, "part.inside", r"cannot be told apart in its output of shape \(3, 512\)"),
 }

@@ -406,3 +406,19 @@ def test_counting_leaves_modes_buffers_hooks_and_switches_as_they_were(fails, in
 def test_counting_twice_gives_the_same_counts():
     module, image = timm.create_model("resnet18"), torch.randn(1, 3, 32, 32)
     assert count(module, image) == count(module, image)
+
+
+class Unregistered(nn.Module):
+    """Keeps a layer in a plain list, where torch does not find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.classifier = [nn.Conv2d(3, 8, 3)], nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.layers[0](x).mean((2, 3)))
+
+
+def test_weights_that_are_no_parameters_are_refused_with_what_to_do():
+    with pytest.raises(BackboneError, match=r"modules in a plain list\. Register them: nn\.ModuleList"):
+        count(Unregistered().eval(), torch.randn(2, 3, 8, 8))

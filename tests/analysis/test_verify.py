@@ -16,6 +16,7 @@ from awkward import REAL_SIZE, SIZE, Applying, InPlace, Net, Two, conv, each_net
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import ptee
 from ptee._common.errors import BackboneError, PteeError
 from ptee.analysis.cut_points import Cut, survey
 from ptee.analysis.verify import require_same_in_large_batches, verify_cut_points
@@ -115,6 +116,46 @@ def test_a_network_that_still_returns_logits_for_all_rows_is_noticed():
     assert re.search(r"still answers with shape \(\d, 5\)", failed["inner"])
 
 
+class Beside(Two):
+    """Gives what it was given beside its output."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, self.two(self.one(x))]
+
+
+class Outer(nn.Module):
+    def __init__(self, read: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.read = Beside(), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.inner(x))
+
+
+def test_rows_leave_inside_and_behind_a_module_that_gives_back_its_input_which_nobody_reads():
+    net = Net(Outer(lambda both: both[1].relu()))
+    model = ptee.augment(net, exits=["part.inner.one", "part.inner"], head="pool", input_size=SIZE)
+    x, leaves = torch.randn(3, *SIZE), torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 2.0]])
+    with torch.no_grad():
+        out = model.predict(x, leaves)
+        alone = torch.cat([model.predict(x[i : i + 1], leaves[i : i + 1]).logits for i in range(3)])
+    assert out.exit_index.tolist() == [0, 1, 2]
+    assert torch.allclose(out.logits, alone, atol=1e-5)
+
+
+def test_of_a_tensor_that_nobody_reads_the_number_of_rows_may_be_read():
+    net = Net(Outer(lambda both: both[1].view(len(both[0]), 8, 8, 8)))
+    assert verify_cut_points(net, [survey(net, SIZE).cuts["part.inner"]], SIZE) == {}
+
+
+def test_cuts_that_pass_alone_and_not_together_fail():
+    net = Net(Outer(lambda both: both[1].relu()))
+    cuts = survey(net, SIZE).cuts
+    both = [cuts["part.inner.one"], replace(cuts["part.inner"], carried=(0, 1), unread=())]
+    assert [verify_cut_points(net, [cut], SIZE) for cut in both] == [{}, {}]
+    assert verify_cut_points(net, both, SIZE).keys() == {"part.inner"}
+
+
 # ---------------------------------------------------------------------------------------------------- rows must be independent
 
 
@@ -171,6 +212,38 @@ def test_code_that_looks_at_the_values_of_the_whole_batch_is_refused(case):
     cuts = survey(net, SIZE).cuts
     with pytest.raises(BackboneError, match="its rows influence one another"):
         verify_cut_points(net, [cuts["1.entry"], cuts["1.part"]], SIZE)
+
+
+def test_no_exit_stands_where_a_row_has_values_of_others_that_no_answer_shows():
+    """The norm behind it divides by each row's own scale, so that the scale of the batch is gone."""
+    net = Net(nn.Sequential(Applying(lambda x: x / x.abs().max()), nn.GroupNorm(1, 8, eps=0.0)))
+    cuts = survey(net, SIZE).cuts
+    failed = verify_cut_points(net, [cuts[name] for name in ("entry", "part.0", "part.1")], SIZE)
+    assert failed.keys() == {"part.0"}
+    assert "other images" in failed["part.0"]
+
+
+def other_for_groups_of(rows: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * 1.5 if len(x) % rows == 0 else x
+
+
+@pytest.mark.parametrize("where", range(4))
+@pytest.mark.parametrize("cuts", [["1"], ["1", "3"], ["1", "3", "5"]], ids=["one cut", "two cuts", "three cuts"])
+def test_code_that_treats_an_even_number_of_rows_otherwise_is_refused(cuts, where):
+    parts = [conv(3, 8), conv(), nn.Identity(), conv(), nn.Identity(), conv(), nn.Identity()]
+    parts[2 * where] = nn.Sequential(parts[2 * where], Applying(other_for_groups_of(2)))
+    net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    found = survey(net, SIZE).cuts
+    with pytest.raises(BackboneError, match="influence one another"):
+        verify_cut_points(net, [found[name] for name in cuts], SIZE)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 8, 16])
+def test_code_that_treats_whole_groups_of_rows_otherwise_is_refused(rows):
+    net = Net(Applying(other_for_groups_of(rows)))
+    cut = survey(net, (3, 64, 64)).cuts["entry"]
+    with pytest.raises(BackboneError, match="influence one another"):
+        require_same_in_large_batches(net, cut, (3, 64, 64), 10**9)
 
 
 def mixes_above(rows: int) -> Callable[[Tensor], Tensor]:

@@ -246,6 +246,21 @@ def test_a_model_whose_code_looks_at_values_is_refused_in_one_line():
     assert "\n" not in str(refused.value)
 
 
+class EachRow(nn.Module):
+    """torch.vmap runs a function for each row, which torch.export captures so that it cannot run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: row * row.mean().sigmoid())(x)
+
+
+def test_pieces_that_fail_where_the_model_answers_are_refused_in_one_line():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), EachRow(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, K))
+    model = ptee.augment(net, exits=["0"], head="pool", input_size=(3, 8, 8))
+    with pytest.raises(PteeError, match="its pieces fail") as refusal:
+        check_segments(model, segments(model))
+    assert "\n" not in str(refusal.value)
+
+
 def test_pieces_that_answer_otherwise_are_refused():
     model = made()
     first, *others = segments(model)
