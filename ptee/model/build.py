@@ -169,6 +169,12 @@ def load(
         model = build(network, exits=names, head=heads, placed=True, saved=run.tensors, front=first)
     if [found.name for found in model.exits] != names:
         raise RunError(f"{folder} has its exits in another order than its backbone has them. Copy the run again.")
+    for n, (cut, row) in enumerate(zip(model.plan.cuts, rows, strict=True)):
+        if row.tensor not in (None, cut.main):
+            raise RunError(
+                f"{folder}: the head of exit {n} learned to read tensor {row.tensor} of what {row.name} returns, and it would get "
+                f"tensor {cut.main}. Load the run with the version of ptee that made it, or train it again."
+            )
     if model.num_classes != run.config.backbone.classes:
         raise RunError(
             f"{folder} is for {run.config.backbone.classes} classes, its backbone has {model.num_classes}. Copy the run again."

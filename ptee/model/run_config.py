@@ -121,10 +121,11 @@ class FrontRecord(ReadRecord):
 
 
 class ExitRecord(ReadRecord):
-    """One exit: the module behind which it stands, and its head."""
+    """One exit: the module behind which it stands, its head, and which of the tensors there this reads."""
 
     name: ModuleName
     head: HeadName
+    tensor: Annotated[Whole, Field(ge=0)] | None = None
     gate: Name | None = None  # of runs of ptee 0.1.0: a small network that this version does not build
 
 

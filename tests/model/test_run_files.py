@@ -301,6 +301,13 @@ def test_exits_in_another_order_than_the_backbone_has_them_are_refused(folder, n
     assert "has its exits in another order than its backbone has them" in refused(folder, net)
 
 
+def test_a_head_that_learned_to_read_another_tensor_of_a_module_is_refused(folder, net):
+    exits = json.loads((folder / "config.json").read_text())["exits"]
+    edit(folder, "exits", [exits[0], exits[1] | {"tensor": 1}])
+    said = "the head of exit 1 learned to read tensor 1 of what two returns, and it would get tensor 0"
+    assert said in refused(folder, net)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_heads_with_values_that_are_not_finite_are_refused(value, folder, net):
     change_tensors(folder, lambda saved: saved | {"0.logits.bias": saved["0.logits.bias"] * value})
