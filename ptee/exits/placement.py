@@ -324,26 +324,28 @@ class Placer:
             chosen = [places[i] for i in rule([self._share(cut) for cut in places])]
             if len(chosen) < wanted or any(self._share(cut) > latest for cut in chosen):
                 return None
-            self._verify([cut for cut in chosen if cut.name not in self.verified])
+            self._verify(chosen)
             if not any(cut.name in self.failed for cut in chosen):
                 return [self.verified[cut.name] for cut in chosen]
 
     def _verify(self, cuts: Sequence[Cut]) -> None:
-        """Verify cuts. One that fails because the code keeps the number of rows is tried again with a pass that restarts."""
-        size = self._size_to_verify_at
-        failed = verify_cut_points(self.backbone.module, cuts, size)
-        again = [replace(c, steps=self.survey.steps[c.name]) for c in cuts if c.name in failed and not c.steps]
-        again = [cut for cut in again if cut.steps]
-        failed_again = verify_cut_points(self.backbone.module, again, size) if again else {}
-        mended = {cut.name for cut in again} - failed_again.keys()
-        failed = {name: why for name, why in failed.items() if name not in mended}
-        for cut in (*cuts, *again):
+        """Verify cuts together. One that fails because the code keeps the number of rows is tried again with a pass that restarts."""
+        cuts = [self.verified.get(cut.name, cut) for cut in cuts]
+        failed: dict[str, str] = {}
+        while found := verify_cut_points(self.backbone.module, cuts, self._size_to_verify_at):
+            untried = {cut.name for cut in cuts if not cut.steps and self.survey.steps[cut.name]} & found.keys()
+            failed |= {name: why for name, why in found.items() if name not in untried}
+            if not untried:
+                break
+            steps = {name: self.survey.steps[name] for name in untried}
+            cuts = [replace(cut, steps=steps.get(cut.name, cut.steps)) for cut in cuts if cut.name not in failed]
+        for cut in cuts:
             if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:
                 failed[cut.name] = (
                     f"the forward pass would start again there, and {share:.0%} of its work lies outside of modules and would be "
                     "done twice"
                 )
-        self.verified |= {cut.name: cut for cut in (*cuts, *again)}
+        self.verified |= {cut.name: cut for cut in cuts}
         self.failed |= failed
 
     @cached_property

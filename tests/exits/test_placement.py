@@ -292,6 +292,30 @@ def test_an_exit_stands_further_behind_where_a_check_fails():
     assert [e.name for e in plan([0.4], module=deceiving()).exits] == ["blocks.1.last"]
 
 
+class Remembering(Steps):
+    """Its code keeps the number of rows until half of the blocks have run: a pass starts again where rows leave before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        for i, part in enumerate((self.stem, *self.blocks)):
+            x = part(x) if i != 2 else part(x).view(rows, C, 8, 8)
+        return self.classifier(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("exits", "network"),
+    [([0.1, 0.4], deceiving), (["stem", "blocks.2"], lambda: Remembering(*map(block, range(4))).eval())],
+    ids=["one stands further behind", "of one the pass starts again"],
+)
+def test_the_exits_of_a_plan_were_verified_together_as_they_are_used(exits, network, monkeypatch):
+    verified = []
+    own = placement.verify_cut_points
+    monkeypatch.setattr(
+        placement, "verify_cut_points", lambda module, cuts, size: verified.append(list(cuts)) or own(module, cuts, size)
+    )
+    assert plan(exits, module=network()).cuts == tuple(verified[-1])
+
+
 def test_a_named_module_that_fails_its_check_is_refused_with_the_reason_and_another_one():
     with pytest.raises(
         CutError, match=r"'blocks\.1\.conv' of Steps fails its check: .*fewer rows.*Use 'blocks\.1', which holds it"
