@@ -211,8 +211,8 @@ class Plan(Readable):
 
 
 def _shape(exit_: Exit, cut: Cut) -> str:
-    """Of the tensor that the head reads; where the module gives several, also which one it is."""
-    which = f" ({cut.main + 1} of {len(cut.carried)})" if len(cut.carried) > 1 else ""
+    """Of the tensor that the head reads; where the module gives several that are read later, also which of these it is."""
+    which = f" ({cut.carried.index(cut.main) + 1} of {len(cut.carried)})" if len(cut.carried) > 1 else ""
     return "x".join(map(str, exit_.shape)) + which
 
 

@@ -311,7 +311,9 @@ def test_the_exits_of_a_plan_were_verified_together_as_they_are_used(exits, netw
     verified = []
     own = placement.verify_cut_points
     monkeypatch.setattr(
-        placement, "verify_cut_points", lambda module, cuts, size: verified.append(list(cuts)) or own(module, cuts, size)
+        placement,
+        "verify_cut_points",
+        lambda module, cuts, size: verified.append(list(cuts)) or own(module, cuts, size),
     )
     assert plan(exits, module=network()).cuts == tuple(verified[-1])
 

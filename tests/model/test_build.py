@@ -258,6 +258,23 @@ def test_the_plan_says_which_of_several_tensors_a_head_reads():
     assert [(row["tensor"], row["tensors"]) for row in plan.to_dict()["exits"]] == [(0, 2), (0, 4)]
 
 
+class Beside(nn.Module):
+    """A module gives its input, which nobody reads again, beside two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.fc = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1)), nn.Linear(3, 4)
+        self.part.register_forward_hook(lambda _, given, out: (given[0], out, out.relu()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, one, two = self.part(x)
+        return self.fc((one + two).mean((2, 3)))
+
+
+def test_tensors_that_are_read_no_more_are_not_counted_among_those_that_a_head_could_read():
+    assert "(2 of 2)" in str(ptee.plan(Beside(), exits=["part"], input_size=(3, 8, 8)))
+
+
 @pytest.mark.parametrize(("name", "pixels"), [slow("crossvit_tiny_240", 120), ("pit_ti_224", 64)])
 def test_a_saved_run_of_a_network_that_starts_again_is_loaded(name, pixels, tmp_path):
     net = timm.create_model(name, num_classes=5, img_size=pixels).eval()
