@@ -340,6 +340,15 @@ def test_never_leaving_is_a_point_so_that_every_drop_can_be_met():
     assert best_within(curve, Wish(max_fidelity_drop=0)).fidelity_drop == 0
 
 
+@pytest.mark.parametrize(("kind", "promised"), [("max_drop", None), ("max_fidelity_drop", 0.2)])
+def test_thresholds_that_were_chosen_are_a_point_whatever_they_lose_and_promise_what_was_asked_for(kind, promised):
+    sample = draw(population("calibrated", 2000), 100, 1)
+    found = replace(NEVER, target=Target(kind, 0.2), threshold=(0.9,) * 3, off=(), margin=0.9)
+    point = operating_points(sample, found).at(found.threshold)
+    assert point is not None
+    assert point.promised == promised
+
+
 def test_who_never_leaves_needs_no_reserve():
     sample = draw(population("calibrated", 2000), 100, 1)
     found = replace(NEVER, target=Target("max_fidelity_drop", 0.01), margin=0.01)
