@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ptee
 from ptee._common.errors import PteeError
+from ptee.deploy.arrays import as_numpy, select_rows
 from ptee.deploy.check import check_segments
 from ptee.deploy.segments import Rows, Segment, segments
 
@@ -227,6 +228,14 @@ def test_rows_that_are_folded_with_tokens_are_selected_together():
     out = torch.zeros(8, 1)
     assert rows.select(tensor, torch.tensor([2, 0]), out=out) is out
     assert out[0] == 8
+
+
+def test_rows_that_are_folded_into_another_axis_than_the_first_are_selected_there():
+    tensor, rows = torch.arange(12.0).reshape(2, 6), torch.tensor([2, 0])
+    want = tensor[:, [4, 5, 0, 1]]
+    assert torch.equal(Rows(1, 2).select(tensor, rows), want)
+    for kind in (torch.Tensor.clone, as_numpy):
+        assert torch.equal(torch.as_tensor(select_rows(kind(tensor), rows.cpu().numpy(), 1, 2)).to(want), want)
 
 
 class DependsOnValues(nn.Module):

@@ -68,8 +68,8 @@ def test_the_first_exit_learns_what_it_would_learn_alone(loss, of_both, of_one):
     torch.manual_seed(0)
     single = ptee.augment(alone, exits=["one"], head="conv1", input_size=(3, 16, 16))
     single.heads[0].load_state_dict(model.heads[0].state_dict())
-    fit(model, **ORDER, loss=loss, **of_both)
-    fit(single, loss=loss, **of_one)
+    both, one = fit(model, **ORDER, loss=loss, **of_both), fit(single, loss=loss, **of_one)
+    assert [epoch.loss for epoch in one.epochs] == [epoch.loss for epoch in both.epochs[: len(one.epochs)]]
     assert same(of_exit(model, 0), of_exit(single, 0))
 
 
