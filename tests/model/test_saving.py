@@ -338,3 +338,12 @@ def test_whole_numbers_in_place_of_weights_are_refused(tmp_path):
             RunError, match=rf"tensor '{re.escape(name)}' holds (int64|float64), which its head does not"
         ):
             runs.fill(model.heads, changed)
+
+
+def test_a_run_that_is_saved_again_has_the_same_results_in_its_metrics(tmp_path):
+    model, folder = make(), tmp_path / "run"
+    model.save_pretrained(folder)
+    write_json(folder / "metrics.json", {"results": {"old": 1}, "plan": {}})
+    model.results = {"new": 2}
+    model.save_pretrained(folder)
+    assert run_files.read_metrics(folder) == {"results": {"new": 2}, "plan": {}}
