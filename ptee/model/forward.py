@@ -388,7 +388,7 @@ class SoftAnswer(ExitEarly):
             )
         if n not in self.plan.off:
             logits, h = self.rule.at_exit(n, said.logits, said.confidence_logit, earlier)
-            self._left.append(_Leavers(None, n, logits.float().log_softmax(-1), h.nan_to_num(0.0).clamp(0, 1)))
+            self._left.append(_Leavers(None, n, logits.float().log_softmax(-1), h.clamp(0, 1)))
 
     def result(self, answer: Tensor | None, dtype: torch.dtype | None = None) -> ExitOutput:
         """log Y_0 of all rows; `answer` is the backbone's."""

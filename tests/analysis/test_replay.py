@@ -156,6 +156,19 @@ def test_a_users_hook_sees_the_modules_output_and_no_zeros(net):
     assert min(seen) > 0
 
 
+@pytest.mark.parametrize("hooked", [True, False])
+def test_an_output_of_which_only_the_shape_is_read_again_is_kept_for_a_users_hook_alone(hooked):
+    layer, x = nn.Linear(3, 4), torch.randn(5, 3)
+    if hooked:
+        layer.register_forward_hook(lambda *_: None)
+    cache = ReplayCache({layer: Step("layer", (0,), needed=False, overwritten=False)}, ActiveRows(5))
+    first = cache.call(layer, layer.forward, (x,), {})
+    cache.start(x)
+    again = cache.call(layer, layer.forward, (x,), {})
+    assert again.shape == first.shape
+    assert torch.equal(again, first) is hooked
+
+
 class Shared(Cells):
     """The same activation module is called inside of the cells and between them."""
 

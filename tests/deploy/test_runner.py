@@ -9,6 +9,8 @@ import re
 import shutil
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,3 +237,19 @@ def test_a_mean_or_std_that_no_pixels_have_is_refused(given, said, tmp_path):
     with pytest.raises(PteeError, match=said):
         ptee.export(made().cpu(), tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_leaves_where_its_confidence_is_the_threshold_and_at_no_exit_that_is_off():
+    ends = [SimpleNamespace(exit=n, rows=((0, 1),)) for n in (0, 1, -1)]
+    manifest: Any = SimpleNamespace(
+        format="onnx", dtype="float32", input_size=(1, 1, 1), exits=("a", "b"), off=(0,), ends=(0, 1, 2),
+        pieces=ends, thresholds=(0.1, 0.5), costs=(0.2, 0.5, 1.1),
+    )  # fmt: skip
+
+    def piece(x: Any) -> Any:
+        return x, np.zeros((len(x), 2)), x.reshape(-1)
+
+    runner = Runner(manifest, [piece, piece, lambda x: (np.ones((len(x), 2)), np.ones((len(x), 2)))], "cpu")
+    h = np.array([0.5, 0.75, 0.25], dtype=np.float32).reshape(3, 1, 1, 1)
+    assert runner.predict(h).exit_index.tolist() == [1, 1, 2]
+    assert runner.predict(h, [0, 0.5 + 1e-12]).exit_index.tolist() == [2, 1, 2]

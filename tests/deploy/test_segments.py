@@ -229,6 +229,11 @@ def test_rows_that_are_folded_with_tokens_are_selected_together():
     assert out[0] == 8
 
 
+def test_rows_that_are_folded_into_another_axis_than_the_first_are_selected_there():
+    tensor, rows = torch.arange(12.0).reshape(2, 6), torch.tensor([2, 0])
+    assert torch.equal(Rows(1, 2).select(tensor, rows), tensor[:, [4, 5, 0, 1]])
+
+
 class DependsOnValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from ptee.evaluation.metrics import BINS, calibration_error, failure_auroc
 
-rows = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=40)
+rows = st.lists(st.tuples(st.integers(0, 32), st.booleans()), min_size=1, max_size=40)
 
 
 def split(rows: list[tuple[int, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor([h / 8 for h, _ in rows]), torch.tensor([right for _, right in rows])
+    return torch.tensor([h / 32 for h, _ in rows]), torch.tensor([right for _, right in rows])
 
 
 @settings(deadline=None)  # the first example imports scikit-learn
@@ -28,7 +28,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(rows):
 def test_calibration_error_is_the_mean_distance_bin_by_bin(rows):
     bins: dict[int, list[float]] = {}
     for h, right in rows:
-        bins.setdefault(min(BINS - 1, int(h / 8 * BINS)), []).append(h / 8 - right)
+        bins.setdefault(min(BINS - 1, int(h / 32 * BINS)), []).append(h / 32 - right)
     assert calibration_error(*split(rows)) == pytest.approx(
         sum(abs(sum(gaps)) for gaps in bins.values()) / len(rows), abs=1e-6
     )

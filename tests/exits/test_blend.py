@@ -11,7 +11,7 @@ from device import drawn, here, seeded
 from torch import Tensor
 
 from ptee._common.errors import PteeError
-from ptee.exits.blend import MIN_OF_EITHER, Blend, fit_blend
+from ptee.exits.blend import MAX_EXITS, MIN_OF_EITHER, Blend, fit_blend
 
 E, N, K = 3, 400, 5
 
@@ -102,6 +102,26 @@ def test_an_answer_that_says_nothing_gets_no_weight():
     assert v1 < 0.05
 
 
+def test_an_answer_that_says_the_contrary_gets_no_weight_below_0():
+    y, labels = answers()
+    assert min(min(v) for v in fit_blend(torch.stack([-y[0], y[-1]]), labels).weights.values()) == 0
+
+
+def test_a_class_that_is_ruled_out_does_not_spoil_the_fit():
+    y, labels = answers()
+    y = y[-2:]
+    ruled_out, blend = (fit_blend(F.pad(y, (0, more), value=-torch.inf), labels) for more in (1, 0))
+    for key, weights in blend.weights.items():
+        assert ruled_out.weights[key] == pytest.approx(weights, abs=1e-3)
+
+
+def test_every_choice_of_as_many_exits_as_may_be_has_weights_and_of_more_only_all_together():
+    y = torch.randn(MAX_EXITS + 2, 10, 2)
+    fit_blend(y[1:], None).require_weights((1, 3), MAX_EXITS)
+    with pytest.raises(PteeError, match="other exits than"):
+        fit_blend(y, None).require_weights((1, 3), MAX_EXITS + 1)
+
+
 def test_with_few_errors_all_answers_weigh_the_same_and_this_is_said():
     y, labels = answers(3 * MIN_OF_EITHER)
     y[-1] = 9.0 * F.one_hot(labels, K)
@@ -122,7 +142,9 @@ def test_a_thousand_classes_and_a_hundred_images_are_no_problem():
 
 def test_images_without_finite_answers_are_left_out_of_the_fit():
     y, labels = answers()
-    broken = torch.cat([y, torch.full((E + 1, 3, K), torch.nan)], 1)
+    last = y[:, -3:].clone()
+    last[1] = torch.nan  # of one exit alone
+    broken = torch.cat([y, last], 1)
     assert (
         fit_blend(broken, torch.cat([labels, torch.zeros(3, dtype=torch.int64)])).weights
         == fit_blend(y, labels).weights

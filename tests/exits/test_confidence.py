@@ -106,7 +106,10 @@ def test_a_row_whose_classes_are_all_ruled_out_has_no_confidence(name):
 @each_confidence
 def test_one_class_is_no_error(name):
     logits, sure = answers(1)
-    assert confidence(name).at_all_exits(logits, sure).isfinite().all()
+    h = confidence(name).at_all_exits(logits, sure)[:-1]
+    assert h.isfinite().all()
+    if name in ("max_prob", "entropy", "margin"):  # which are of the class probabilities: there is no doubt
+        assert (h == 1).all()
 
 
 # the first exit says (1/2, 1/4, 1/4), the second says (1/3, 1/3, 1/3)
@@ -129,9 +132,9 @@ def test_confidences_by_hand(name):
 
 
 def test_patience_counts_how_many_exits_in_a_row_agree():
-    classes = torch.tensor([[0, 1, 2], [0, 2, 2], [0, 2, 1]])  # (E, n)
-    h = CONFIDENCES["patience"].at_all_exits(one_hot(classes).float(), torch.zeros(3, 3))
-    assert (4 * h[:-1]).tolist() == [[1, 1, 1], [2, 1, 2], [3, 2, 1]]
+    classes = torch.tensor([[0, 1, 2, 0], [0, 2, 2, 1], [0, 2, 1, 0]])  # (E, n)
+    h = CONFIDENCES["patience"].at_all_exits(one_hot(classes).float(), torch.zeros(3, 4))
+    assert (4 * h[:-1]).tolist() == [[1, 1, 1, 1], [2, 1, 2, 1], [3, 2, 1, 1]]
 
 
 def test_an_answer_that_is_not_finite_agrees_with_none():

@@ -51,6 +51,7 @@ def test_a_head_that_does_not_run_costs_nothing_and_without_heads_it_is_the_bare
     times = with_steps(4, 1)
     assert times.expected(torch.tensor([False, True]), [0, 0, 1]) == pytest.approx(0.5 + 4 * 3.1)
     assert times.expected(torch.tensor([False, False]), [0, 0, 1]) == 1
+    assert times.at_rows(torch.tensor([False, True]), [4, 4, 4]) == pytest.approx(4 * 3.1)
 
 
 def test_the_more_leave_early_the_less_it_takes():
@@ -72,6 +73,12 @@ def test_prices_of_steps_say_what_the_upper_and_the_lower_half_of_a_batch_add():
     rows = torch.tensor([0, 3, 3, 3, 4], dtype=torch.float64)  # nearly all is spent on the first row
     mean, upper, lower = BatchTimes(rows[None].expand(2, -1), rows[None], 0.0, "units").prices()
     assert (mean.segments[0], upper.segments[0], lower.segments[0]) == (4, 2, 6)
+
+
+def test_where_more_rows_were_measured_to_take_less_a_row_takes_nothing_and_not_less():
+    rows = torch.tensor([0, 2, 3, 2, 1], dtype=torch.float64)
+    _, upper, lower = BatchTimes(rows[None].expand(2, -1), rows[None], 0.0, "units").prices()
+    assert (upper.segments[0], upper.heads[0], lower.segments[0]) == (0, 0, 6)
 
 
 def test_moving_rows_costs_where_some_leave_and_others_stay():

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ptee.backbones.weights import tensor_hash
+from ptee.model import heads_file
 from ptee.model.heads_file import TYPES, read_header, stored_hash
 
 PLACES = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "b": {"dtype": "I64", "shape": [], "data_offsets": [24, 32]}}  # fmt: skip
@@ -28,7 +29,9 @@ def changed(name: str, **fields: Any) -> dict[str, Any]:
     return PLACES | {name: PLACES[name] | fields}
 
 
-def test_what_the_library_writes_is_read_with_the_hash_of_each_tensor(tmp_path):
+@pytest.mark.parametrize("chunk", [heads_file.CHUNK_BYTES, 7])
+def test_what_the_library_writes_is_read_with_the_hash_of_each_tensor(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(heads_file, "CHUNK_BYTES", chunk)
     tensors = {
         name: torch.arange(6, device="cpu").reshape(2, 3).to(getattr(torch, name)) for name in TYPES.values()
     } | {"scalar": torch.tensor(0.5, device="cpu"), "empty": torch.zeros(0, 3, device="cpu")}

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +324,26 @@ def test_a_backbone_that_learnt_and_could_not_be_loaded_again_is_not_saved(tmp_p
     with pytest.raises(RunError, match=r"^Values of the backbone are NaN, so no run is written: two\.bias\."):
         model.save_pretrained(tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "run")
+    run = runs.read(tmp_path / "run")
+    for name, tensor in run.tensors.items():
+        changed = replace(
+            run, tensors=run.tensors | {name: tensor.double() if not tensor.is_floating_point() else tensor.long()}
+        )
+        with pytest.raises(
+            RunError, match=rf"tensor '{re.escape(name)}' holds (int64|float64), which its head does not"
+        ):
+            runs.fill(model.heads, changed)
+
+
+def test_a_run_that_is_saved_again_has_the_same_results_in_its_metrics(tmp_path):
+    model, folder = make(), tmp_path / "run"
+    model.save_pretrained(folder)
+    write_json(folder / "metrics.json", {"results": {"old": 1}, "plan": {}})
+    model.results = {"new": 2}
+    model.save_pretrained(folder)
+    assert run_files.read_metrics(folder) == {"results": {"new": 2}, "plan": {}}

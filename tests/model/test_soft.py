@@ -12,6 +12,7 @@ from torch import Tensor
 import ptee
 from ptee._common.errors import PteeError
 from ptee.exits.blend import Blend
+from ptee.exits.confidence import CONFIDENCES, FromProbabilities
 
 
 @pytest.fixture
@@ -60,21 +61,35 @@ def test_an_exit_that_is_off_has_no_part_and_costs_nothing(model, x, off):
     assert model.costs[-1] < made().costs[-1]
 
 
+def test_an_exit_that_is_off_has_no_part_though_its_head_runs_for_a_later_one(x):
+    model = made("pool+")
+    model.off = (0,)
+    torch.testing.assert_close(
+        model.predict(x, soft=True).logits.double().exp(), blended(model, x, (0,)), atol=1e-6, rtol=1e-5
+    )
+
+
 def test_with_all_exits_off_it_is_the_backbones_answer(model, x):
     model.off = (0, 1)
     torch.testing.assert_close(model.predict(x, soft=True).logits, model.backbone(x).log_softmax(-1))
 
 
+@pytest.mark.parametrize("layer", ["confidence", "logits"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_exit_that_is_not_sure_of_anything_has_no_part(model, x, value):
+def test_an_exit_that_is_not_sure_of_anything_has_no_part(model, x, value, layer):
     with torch.no_grad():
-        model.heads[0].confidence.bias.fill_(value)
+        getattr(model.heads[0], layer).bias.fill_(value)
     got = model.predict(x, soft=True).logits
-    assert got.isfinite().all()
-    if value != float("inf"):  # that is h = 1
-        off = made()
-        off.off = (0,)
-        torch.testing.assert_close(got, off.predict(x, soft=True).logits)
+    off = made()
+    off.off = (0,)
+    torch.testing.assert_close(got, off.predict(x, soft=True).logits)
+
+
+def test_a_confidence_that_rounding_brings_above_1_is_1(model, x, monkeypatch):
+    monkeypatch.setitem(CONFIDENCES, "mine", FromProbabilities(lambda p: p.sum(-1) + 1e-6))
+    model.confidence = "mine"
+    first = model.all_exits(x).logits[0]
+    torch.testing.assert_close(model.predict(x, soft=True).logits, first.log_softmax(-1))
 
 
 def test_no_rows_get_no_answers(model, x):

@@ -24,7 +24,7 @@ from ptee._common.errors import PteeError, RunError
 from ptee.exits.times import BatchTimes
 from ptee.production.curve import Curve, Point, Wish, best_within
 from ptee.tuning.config import Target
-from ptee.tuning.operating_points import operating_points
+from ptee.tuning.operating_points import _undominated, operating_points
 from ptee.tuning.solution import Solution
 from ptee.tuning.targets import solve
 from ptee.tuning.traces import Traces
@@ -55,12 +55,23 @@ def test_the_best_point_within_a_limit_is_found(wish, threshold):
     assert best_within(curve(), Wish(**wish)).threshold == (threshold, threshold)
 
 
+def test_what_is_above_a_limit_by_rounding_alone_is_within_it():
+    points = [Point(threshold=(t,), cost=t, fidelity_drop=d) for t, d in {0.5: 0.1 + 0.2, 0.9: 0.0}.items()]
+    assert best_within(curve(points=points), Wish(max_fidelity_drop=0.3)).threshold == (0.5,)
+
+
 def test_of_points_that_lose_as_much_the_one_with_more_of_the_backbones_answers_is_taken():
     differ = {0.1: 0.22, 0.5: 0.18, 0.9: 0.18, 2.0: 0.0}
     points = [
         Point(threshold=(t,), cost=t / 2, fidelity_drop=d, drop=0.02 if t < 1 else 0.0) for t, d in differ.items()
     ]
     assert best_within(curve(points=points), Wish(max_cost=0.5)).threshold == (0.5,)
+
+
+def test_of_points_that_cost_as_much_the_one_that_loses_less_is_taken():
+    points = [Point(threshold=(t,), cost=0.5, fidelity_drop=0.2, drop=d) for t, d in {0.1: 0.02, 0.5: 0.01}.items()]
+    points.append(points[1].model_copy(update={"threshold": (0.6,), "fidelity_drop": 0.1}))
+    assert best_within(curve(points=points), Wish(max_drop=0.05)).threshold == (0.6,)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +341,13 @@ def test_of_two_points_the_cheaper_one_never_says_that_it_loses_less():
         assert cheap.fidelity_drop >= dear.fidelity_drop
 
 
+def test_a_point_that_costs_more_and_takes_less_time_is_kept():
+    first = Point(threshold=(0.5,), cost=0.5, fidelity_drop=0.1, time_ms=8)
+    points = [first, Point(threshold=(0.6,), cost=0.6, fidelity_drop=0.1, time_ms=6)]
+    assert _undominated(points, keep=()) == points[::-1]
+    assert _undominated([*points, first.model_copy(update={"cost": 0.7, "threshold": (0.7,)})], keep=()) == points[::-1]
+
+
 def test_never_leaving_is_a_point_so_that_every_drop_can_be_met():
     whole, sample, found, points = sampled()
     never = points[-1]
@@ -338,6 +356,16 @@ def test_never_leaving_is_a_point_so_that_every_drop_can_be_met():
     curve = operating_points(sample, replace(NEVER, threshold=(0.0,) * 3, off=()))
     assert best_within(curve, Wish(max_drop=1e-5)).drop <= 1e-5
     assert best_within(curve, Wish(max_fidelity_drop=0)).fidelity_drop == 0
+
+
+@pytest.mark.parametrize(("kind", "promised"), [("max_drop", None), ("max_fidelity_drop", 0.2)])
+def test_thresholds_that_were_chosen_are_a_point_whatever_they_lose_and_promise_what_was_asked_for(kind, promised):
+    sample = draw(population("calibrated", 2000), 100, 1)
+    sample = replace(sample, targets=None if kind == "max_fidelity_drop" else sample.targets)
+    found = replace(NEVER, target=Target(kind, 0.2), threshold=(0.99,) * 3, off=(), margin=0.9)
+    point = operating_points(sample, found).at(found.threshold)
+    assert point is not None
+    assert point.promised == promised
 
 
 def test_who_never_leaves_needs_no_reserve():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from device import here
-from small import labelled, made
+from small import blended, labelled, made
 from tiny import one_line
 from torch import Tensor, nn
 
@@ -68,12 +68,13 @@ def test_counters_are_those_of_the_answers():
 
 
 def test_blended_answers_are_audited_at_the_end_too():
-    model = leaving()
-    data = torch.utils.data.TensorDataset(*labelled(40))
-    ptee.tune(model, data, max_fidelity_drop=0.5, answers="blended", margin=0)
+    model = blended()
+    model.threshold = 0.999  # all go on to the end
     with torch.no_grad(), audited(model) as monitor:
         out, bare = model.predict(X), model.backbone(X)
-    assert monitor.as_dict()["differed"] == int((out.logits.argmax(-1) != bare.argmax(-1)).sum())
+    differ = out.logits.argmax(-1) != bare.argmax(-1)
+    assert differ[out.exit_index == len(model.exits)].any()
+    assert monitor.as_dict()["differed"] == int(differ.sum())
 
 
 def test_an_audit_leaves_the_backbone_frozen_whatever_its_user_did():
@@ -208,6 +209,19 @@ def test_calls_with_thresholds_of_their_own_and_soft_answers_are_not_audited():
     with torch.no_grad(), audited(model) as monitor:
         model.predict(X, threshold=0.0)
         model.predict(X, soft=True)
+    seen = monitor.as_dict()
+    assert (seen["audited"], sum(seen["rows"])) == (0, len(X))
+
+
+def test_answers_that_were_under_way_while_the_thresholds_were_changed_are_counted_and_not_audited():
+    model = leaving()
+    with torch.no_grad():
+        out = model.predict(X)
+        with audited(model) as monitor:
+            see = monitor.watch(X, audited=True, at_once=len(X))
+            model.threshold = 0.0
+            with pytest.warns(UserWarning, match="threshold changed"):
+                assert see(out) is out
     seen = monitor.as_dict()
     assert (seen["audited"], sum(seen["rows"])) == (0, len(X))
 

@@ -35,6 +35,15 @@ def test_all_capital_is_put_on_one_image_or_the_other():
     assert len(test.bets) == len(TIMES)
 
 
+def test_capital_that_waits_and_capital_that_wins_nothing_are_1_together():
+    test = PromiseTest(0.01, 1 - 1e-9)
+    for bet in test.bets:
+        bet.agree = 1.0
+    assert not any(test.see(False, n) for n in range(1, 100))
+    test.alpha = 1 + 1e-9
+    assert all(test.see(False, n) for n in range(100, 200))
+
+
 def test_a_promise_that_is_kept_is_given_up_in_few_of_many_streams():
     alarms = [alarm_at(PromiseTest(0.05, 0.05), drawn(seed, 2000, 0.05)) for seed in range(20)]
     assert sum(found is not None for found in alarms) <= 2

@@ -141,9 +141,9 @@ def shifted_by_hand(x: Tensor, down: int, right: int) -> Tensor:
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_maps_are_shifted_by_whole_positions_and_zeros_come_in(stride):
     x, pixels = torch.randn(6, 4, 5, 7), draw_shifts(6, 9)
-    got = shift_maps(x, pixels, (5 * stride, 7 * stride))
+    got = shift_maps(x, pixels, (5 * stride, 7 * 2 * stride))
     for row in range(6):
-        down, right = (round(n / stride) for n in pixels[row].tolist())
+        down, right = (round(n / of) for n, of in zip(pixels[row].tolist(), (stride, 2 * stride), strict=True))
         assert torch.equal(got[row], shifted_by_hand(x[row], down, right))
 
 

@@ -287,6 +287,12 @@ def test_an_image_whose_exits_answer_nan_teaches_nothing(model, images):
     assert confidence.isnan().sum() == len(confidence)
 
 
+def test_an_exit_whose_confidence_layer_gives_nan_is_fitted_to_no_image(model, images):
+    with torch.no_grad():
+        model.heads[0].confidence.bias.fill_(math.nan)
+    assert [e.images for e in calibrate(model, unlabelled(images)).exits] == [0, n]
+
+
 def test_an_image_that_the_backbone_does_not_answer_is_refused_with_its_place(model, images):
     images[3] = math.nan
     with pytest.raises(DataError, match=rf"logits are NaN for 1 of {n} images \(the first has the index 3\)"):

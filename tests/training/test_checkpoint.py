@@ -137,8 +137,9 @@ def test_optimisers_differ():
     assert not same(adamw, muon)
 
 
-def test_more_epochs_would_be_another_cosine(tmp_path):
-    settings = {"schedule": "cosine", "checkpoint": tmp_path / "c.safetensors"}
+@pytest.mark.parametrize("setting", [{"schedule": "cosine"}, {"schedule": "constant", "order": "one by one"}], ids=str)
+def test_more_epochs_would_be_another_cosine_or_other_turns(setting, tmp_path):
+    settings = setting | {"checkpoint": tmp_path / "c.safetensors"}
     fit(made(), epochs=2, **settings)
     with pytest.raises(RunError, match=r"epochs 2 \(now 4\)"):
         fit(made(), epochs=4, resume=True, **settings)

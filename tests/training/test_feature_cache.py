@@ -297,3 +297,9 @@ def test_what_the_views_of_an_image_are_is_said(views, mirror, words):
     shown = Views(images(9), views, mirror=mirror)
     fill(early().eval(), shown, batch_size=16, around=nullcontext, callback=said.append).close()
     assert words in str(said[0])
+
+
+def test_a_cache_has_the_widest_type_of_what_heads_read_and_what_the_backbone_answers():
+    half, single = torch.zeros(2, 3, dtype=torch.float16), torch.zeros(2, 4)
+    for inputs, logits in (((half, half), single), ((half, single), half)):
+        assert Estimate.of(Reading(inputs, logits), 10).dtype == torch.float32

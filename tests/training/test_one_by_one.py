@@ -58,14 +58,26 @@ def test_heads_of_which_nothing_learns_are_refused(order, said):
     assert not any(p.requires_grad for p in model.heads[1].parameters())
 
 
-def test_the_first_exit_learns_what_it_would_learn_alone():
+@pytest.mark.parametrize(
+    ("loss", "of_both", "of_one"),
+    [("joint", {}, {}), ("weighted", {"exit_weights": (1.0, 3.0, 2.0)}, {"exit_weights": (1.0, 2.0)})],
+    ids=["joint", "weighted"],
+)
+def test_the_first_exit_learns_what_it_would_learn_alone(loss, of_both, of_one):
     model, alone = made(), copy.deepcopy(made().backbone)
     torch.manual_seed(0)
     single = ptee.augment(alone, exits=["one"], head="conv1", input_size=(3, 16, 16))
     single.heads[0].load_state_dict(model.heads[0].state_dict())
-    fit(model, **ORDER, loss="joint")
-    fit(single, loss="joint")
+    both, one = fit(model, **ORDER, loss=loss, **of_both), fit(single, loss=loss, **of_one)
+    assert [epoch.loss for epoch in one.epochs] == [epoch.loss for epoch in both.epochs[: len(one.epochs)]]
     assert same(of_exit(model, 0), of_exit(single, 0))
+
+
+def test_who_does_not_leave_at_the_exits_so_far_is_counted_at_the_end():
+    model = made()
+    model.threshold = 2.0
+    history = fit(model, **ORDER, epochs=1)
+    assert [epoch.leaving for epoch in history.epochs] == [[0, 0, 1]] * 2
 
 
 def test_the_cost_of_the_end_counts_the_heads_so_far():

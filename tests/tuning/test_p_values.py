@@ -10,6 +10,7 @@ from scipy.stats import binom
 
 from ptee.production.few_images import images_needed, least_limit
 from ptee.tuning.p_values import (
+    NUISANCE_SHARE,
     images_needed_for_drop,
     least_limit_of_drop,
     p_value_of_drop,
@@ -51,6 +52,10 @@ def test_if_nothing_is_won_it_is_the_binomial_test_but_for_what_might_be_won():
         assert exact <= p_value_of_drop(lost, 0, 2000, 0.01, DELTA) <= exact + 0.02
 
 
+def test_it_is_never_surer_than_the_error_that_is_allowed_for_shares_that_are_not_tried():
+    assert p_value_of_drop(0, 0, 10_000, 0.5, DELTA) >= NUISANCE_SHARE * DELTA
+
+
 def test_what_is_won_counts():
     """By the lost ones alone, 20 of 1,500 are too many."""
     assert p_value_of_share(20, 1500, 0.01) > 0.5
@@ -67,7 +72,7 @@ def test_so_many_answers_may_differ_that_at_most_one_in_a_hundred_is_shown_to(mo
     assert p_value_of_share(most, images, 0.01) <= DELTA < p_value_of_share(most + 1, images, 0.01)
 
 
-@pytest.mark.parametrize("images", [10, 999, 12_345])
+@pytest.mark.parametrize("images", [10, 525, 999, 12_345])  # 7 / 525 * 525 is more than 7
 @pytest.mark.parametrize("lost", [0, 1, 7])
 def test_the_test_of_a_share_is_the_exact_binomial_one(lost, images):
     assert p_value_of_share(lost, images, 0.02) == pytest.approx(binom.cdf(lost, images, 0.02))

@@ -395,7 +395,8 @@ def test_thresholds_that_no_confidence_decides_are_remarked_on(threshold, words)
     assert remark(threshold) == words
 
 
-def test_a_backbone_that_is_cut_off_runs_one_head_only():
+@pytest.mark.parametrize("confidence", ["learned", "patience"])
+def test_a_backbone_that_is_cut_off_runs_one_head_only(confidence):
     traces = Traces(
         answers=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 0], [0, 1, 2, 2]]),
         confidence=torch.ones(3, 4),
@@ -403,6 +404,7 @@ def test_a_backbone_that_is_cut_off_runs_one_head_only():
         costs=torch.tensor([0.25, 0.75, 1.5], dtype=torch.float64),
         sample=torch.empty(0),
         head_costs=torch.tensor([0.125, 0.375], dtype=torch.float64),
+        confidence_name=confidence,
     )
     found = [(s.accuracy, s.fidelity, s.cost) for s in truncation(traces)]
     assert found == [(3 / 4, 2 / 4, 0.25), (4 / 4, 3 / 4, 0.75 - 0.125)]

@@ -8,7 +8,7 @@ import torch
 from ptee.exits.times import BatchTimes
 from ptee.tuning.config import Target
 from ptee.tuning.targets import solve
-from ptee.tuning.threshold_search import MAX_EXACT
+from ptee.tuning.threshold_search import MAX_EXACT, Choice, Problem, objective
 from ptee.tuning.traces import Traces
 
 
@@ -62,3 +62,17 @@ def test_the_result_never_costs_more_than_the_bare_backbone_however_many_exits_t
     h[-2] = 0  # the last exit is sure of nothing
     found = solve(replace(traces, confidence=h), Target("max_drop", 0), margin=0)
     assert (found.cost, found.off) == (pytest.approx(1), tuple(range(exits)))
+
+
+def problem() -> Problem:
+    h, loss = torch.tensor([[0.9, 0.2], [0.8, 0.7]]), torch.zeros(3, 2)
+    return Problem(h, loss, lambda on: on.new_ones(len(on), 3, dtype=torch.float64), limited="loss", limit=0)
+
+
+def test_an_exit_that_takes_all_images_has_the_threshold_0_so_that_new_ones_leave_too():
+    assert problem().thresholds(torch.tensor([2, 0]), one_threshold=False)[0] == 0
+
+
+def test_of_equal_choices_the_one_with_fewer_exits_is_the_better_one():
+    one, two = (Choice(torch.tensor(taken), 0.5, 0.1) for taken in ([2, 0], [1, 1]))
+    assert objective(problem(), one) < objective(problem(), two)

@@ -11,7 +11,7 @@ import torch
 from device import seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from small import SIZE, K, Normalises, OwnLoader, Stream, labelled, made
+from small import SIZE, K, Normalises, OwnLoader, Stream, blended, labelled, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -99,7 +99,32 @@ def test_an_image_loses_where_only_the_backbone_is_right():
     assert traces().score_at(0).accuracy is None
 
 
+def test_blended_answers_are_compared_with_the_backbones_own():
+    own = traces(torch.tensor([0, 0, 2, 3]))
+    mixed = replace(own, answers=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 0], [0, 0, 2, 0]]), own=own.answers)
+    assert mixed.score_at(2).fidelity == 2 / 4
+    assert mixed.losses[2].tolist() == [0, -1, 0, 1]
+
+
+def test_where_no_image_can_leave_the_backbones_own_answer_stands_in_place_of_the_blend():
+    own = traces()
+    mixed = replace(own, answers=own.answers.flip(1), own=own.answers)
+    assert torch.equal(mixed.by([2, 1.01]).answers, own.answers)
+    assert mixed.by([2, 1]) is mixed
+
+
 # recording
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_traces_of_some_images_are_those_that_are_recorded_of_them_alone(own):
+    model, some = blended(), [0, 2, 5]
+    data = TensorDataset(images(6, *SIZE), torch.arange(6) % K)
+    found, alone = (record(model, part, own=own) for part in (data, Subset(data, some)))
+    for rows in ([0, 2, 5], [True, False, True, False, False, True]):
+        part = found.rows(torch.tensor(rows, device="cpu"))
+        for name in ("answers", "confidence", "targets", "logits", "confidence_logits", "own", "marks"):
+            torch.testing.assert_close(getattr(part, name), getattr(alone, name))
 
 
 def test_traces_hold_what_every_exit_says_to_every_image():
@@ -137,6 +162,7 @@ def test_another_confidence_is_refused_where_logits_were_not_kept():
 @pytest.mark.parametrize("off", [[], [0], [1], [0, 1]], ids=str)
 def test_costs_without_some_heads_are_the_backbones_and_those_of_the_others(off):
     model = made("conv1")
+    model.off = off  # traces are of all heads, whichever are off
     found = record(model, TensorDataset(images(4, *SIZE)))
     on = [0 if n in off else e.head_cost for n, e in enumerate(model.exits)]
     cuts = [e.backbone_cost for e in model.exits]
