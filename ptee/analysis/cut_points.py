@@ -42,7 +42,7 @@ from ptee.analysis.fake_run import (
 )
 from ptee.analysis.freezing import hooked, one_parameter
 from ptee.analysis.layout import Layout
-from ptee.analysis.replay import Step, select
+from ptee.analysis.replay import Step, select, take
 
 SURVEY_ROWS = 3
 GOLDEN = 0.618  # multiples of the golden ratio, without their whole parts, spread over 0 to 1 in no order
@@ -82,7 +82,7 @@ class Cut:
         """The module's output with only these rows: (kept,) positions in the batch as it is at this module."""
         tensors, batch = tree_flatten(output)[0], len(self.feature_map(output))
         unread = [i for i in self.unread if len(tensors[i]) % batch == 0]
-        return select(output, [*self.carried, *unread], rows, batch)
+        return select(output, [*self.carried, *unread], lambda t: take(t, rows, batch))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class ActiveRows:
 
     def __init__(self, batch: int) -> None:
         self.count = batch  # of the rows that are left
+        self._counts = [batch]  # at each moment
         self._stayed: list[Tensor] = []  # for each time that rows left: the others, as positions among the rows before
 
     @property
@@ -48,6 +49,14 @@ class ActiveRows:
         """Let all rows leave but these: (kept,) positions among the rows that are left."""
         self._stayed.append(staying)
         self.count = len(staying)
+        self._counts.append(self.count)
+
+    def take(self, tensor: Tensor, latest: int) -> Tensor:
+        """The rows that are left of a tensor that a module returned at a moment; it may have made it before rows left inside of it."""
+        number = len(tensor)
+        moment = next((m for m in range(latest, -1, -1) if number % self._counts[m] == 0), latest)
+        rows = self.since(moment)
+        return tensor if rows is None else take(tensor, rows, self._counts[moment])
 
     def since(self, moment: int = 0) -> Tensor | None:
         """(count,) the rows that are left, as positions among those of an earlier moment. None if no row has left since."""
@@ -92,11 +101,11 @@ def take(tensor: Tensor, rows: Tensor, batch: int) -> Tensor:
     return tensor.unflatten(0, (batch, -1))[rows].flatten(0, 1)
 
 
-def select(output: Any, leaves: Sequence[int], rows: Tensor, batch: int) -> Any:
-    """A module's output with only these rows of the batch. `leaves` says which of its tensors carry rows."""
+def select(output: Any, leaves: Sequence[int], rows_of: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with only some rows of the batch. `leaves` says which of its tensors carry rows."""
     flat, spec = tree_flatten(output)
     for i in leaves:
-        flat[i] = take(flat[i], rows, batch)
+        flat[i] = rows_of(flat[i])
     return tree_unflatten(flat, spec)
 
 
@@ -117,10 +126,9 @@ def merged(plans: Sequence[Sequence[Step]]) -> dict[str, Step]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The output of one call of a module, with the moment of `ActiveRows` at which it was returned and the rows it had."""
+    """The output of one call of a module, with the moment of `ActiveRows` at which it was returned."""
 
     moment: int
-    batch: int
     output: Any
 
 
@@ -179,12 +187,11 @@ class ReplayCache:
             self._calls[inner] -= 1
         # A user's own hooks on the module see its output, and must not see zeros.
         needed = step.needed or bool(module._forward_hooks)
-        self._kept[module].append(_Kept(self.rows.moment, self.rows.count, _stored(step, output, needed)))
+        self._kept[module].append(_Kept(self.rows.moment, _stored(step, output, needed)))
         return output
 
     def _replay(self, step: Step, kept: _Kept) -> Any:
-        rows = self.rows.since(kept.moment)
-        return kept.output if rows is None else select(kept.output, step.leaves + step.repeated, rows, kept.batch)
+        return select(kept.output, step.leaves + step.repeated, lambda t: self.rows.take(t, kept.moment))
 
 
 def _stored(step: Step, output: Any, needed: bool) -> Any:

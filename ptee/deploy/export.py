@@ -60,11 +60,11 @@ NEAR, FROM_THE_ENDS = 1e-6, 1e-5  # a confidence so near to a threshold may roun
 
 class AnsweringPiece(nn.Module):
     """A piece that also says how sure its exit is. It gives (what is alive ..., logits (b, K), h (b,)); the last piece gives
-    (the backbone's answer, the blended answer), twice the same where answers are not blended."""
+    (the backbone's answer, the blended answer), twice the same where answers are not blended. All logits have one number type."""
 
-    def __init__(self, piece: Segment, before: Segment | None, rule: ExitRule) -> None:
+    def __init__(self, piece: Segment, before: Segment | None, rule: ExitRule, dtype: torch.dtype) -> None:
         super().__init__()
-        self.piece = piece.module
+        self.piece, self.dtype = piece.module, dtype
         self.exit, self.rule = piece.exit, rule
         self.earlier = before.earlier if before else {}
 
@@ -77,7 +77,7 @@ class AnsweringPiece(nn.Module):
             return own, self.rule.at_end(own, earlier, everywhere)
         behind, logits, sure = self.piece(*alive)
         answer, h = self.rule.at_exit(self.exit, logits, sure, earlier)
-        return *behind, answer, h
+        return *behind, answer.to(self.dtype), h
 
 
 @checked
@@ -182,10 +182,11 @@ def _write(
     model: EarlyExitModel, origin: Backbone, pieces: Sequence[Segment], folder: Path, format: str, names: Sequence[str]
 ) -> None:
     alive: tuple[Tensor, ...] = (example_images(model, EXAMPLE_ROWS),)
+    dtype = model.answer_type(alive[0])
     rows: Sequence[Rows] = (Rows(),)
     listed = []
     for n, piece in enumerate(with_bar(pieces, "Exporting pieces")):
-        module = AnsweringPiece(piece, pieces[n - 1] if n else None, model.rule)
+        module = AnsweringPiece(piece, pieces[n - 1] if n else None, model.rule, dtype)
         file = folder / f"piece_{n}.{format}"
         program = _program(module, alive, rows)
         try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
 from typing import Any
 
@@ -110,7 +111,8 @@ def require_blend(blend: Blend | None, confidence: str, off: Sequence[int], exit
 
 def _weighted(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """A weight of 0 leaves an answer out, also where it is infinite."""
-    wide = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in logits]
+    dtype = reduce(torch.promote_types, (y.dtype for y in logits), torch.float32)
+    wide = [y.to(dtype) for y in logits]
     parts = [v * y for v, y in zip(weights, wide, strict=True) if v]
     return torch.stack(parts).sum(0) if parts else torch.zeros_like(wide[-1])
 

@@ -145,9 +145,9 @@ def pieces_of_model(model: Any) -> Pieces:
         model.plan.backbone, tuple(model.plan.input_size), tuple(images.mean), tuple(images.std), images.interpolation,
         dtype, model.num_classes, tuple(class_names_of(model)), tuple(e.name for e in model.exits), model.origin.pixels_known,
     )  # fmt: skip
-    steps = []
+    steps, answers = [], model.answer_type(like.new_zeros(1, *model.plan.input_size))
     for before, piece in zip([None, *found], found, strict=False):
-        run = _without_gradients(AnsweringPiece(piece, before, model.rule).eval())
+        run = _without_gradients(AnsweringPiece(piece, before, model.rule, answers).eval())
         exit = piece.exit if piece.exit >= 0 else len(model.exits)
         steps.append(Step(run, exit, tuple((where.axis, where.each) for where in piece.rows)))
     costs, given = tuple(model.costs), _tensors(dtype, str(like.device))

@@ -222,6 +222,38 @@ def test_two_models_on_one_backbone_start_again_at_their_own_cut_points(net):
     assert max(all_patterns(one, x), all_patterns(two, x), all_patterns(one, x)) < 1e-5
 
 
+class Pair(nn.Module):
+    """Gives what it was given, too, as it was before rows left inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.two(self.one(x)), x
+
+
+class Pairs(nn.Module):
+    """Nobody reads what the first pair was given. The second remembers the number of rows across a cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), Pair(), Pair()
+        self.middle, self.classifier = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.first(self.entry(x))
+        rows = len(x)
+        x, _ = self.last(self.middle(x).view(rows, 8, 16, 16))
+        return self.classifier(x.view(rows, 8, 16, 16).mean((2, 3)))
+
+
+def test_a_module_may_return_what_it_was_given_before_rows_left_inside_of_it():
+    model = early(Pairs(), ["first.one", "middle"])
+    assert model.plan.cuts[1].steps
+    assert all_patterns(model, torch.randn(12, *SIZE)) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 

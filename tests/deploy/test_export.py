@@ -24,7 +24,7 @@ from device import drawn
 from extras import needs_onnx
 from images import picture
 from PIL import Image
-from small import SIZE, K, Normalises, blended, chained, made
+from small import SIZE, K, Normalises, blend_for, blended, chained, made
 from torch import Tensor
 
 import ptee
@@ -302,6 +302,44 @@ def test_a_piece_that_does_harm_is_refused_in_one_line_even_with_its_hash(part, 
         ptee.load_exported(copy)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
+
+
+class InFloat64(Normalises):
+    """Its own answer has another number type than those of its exits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).double()
+
+
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
+def test_the_number_type_of_an_answer_does_not_depend_on_where_a_row_leaves(format, tmp_path):
+    early = ptee.augment(InFloat64(), exits=["a"], head="pool", input_size=SIZE)
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format=format))
+    x = images(2)
+    for t in (0.0, 2.0, [[0.0], [2.0]]):
+        assert "float64" in str(runner.predict(x.numpy() if format == "onnx" else x, t).logits.dtype)
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_answers_of_several_number_types_are_blended_in_onnx(tmp_path):
+    early = ptee.augment(InFloat64(), exits=["a"], head="pool", input_size=SIZE)
+    early.confidence, early.blend, early.answers = "max_prob", blend_for(1), "blended"
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out", format="onnx"))
+    x = images(5)
+    with torch.no_grad():
+        want = early.predict(x.clone(), 1.0)
+    np.testing.assert_allclose(runner.predict(x.numpy(), 1.0).logits, want.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_blended_answers_have_the_number_type_of_the_backbone_in_files_too(tmp_path):
+    early = blended().bfloat16()
+    runner = ptee.load_exported(ptee.export(early, tmp_path / "out"))
+    x = images(7).bfloat16()
+    for t in (0.0, 2.0):
+        want, got = early.predict(x, t).logits, runner.predict(x, t).logits
+        assert got.dtype == want.dtype == torch.bfloat16
+        assert torch.allclose(got, want, atol=0.05)
 
 
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
