@@ -61,8 +61,7 @@ class Cut:
         overwritten: whether something later writes into the memory of the output, so that a head that keeps it needs a copy.
         steps: which modules need not run again, if the forward pass must start again when rows leave here (`replay`). Empty
             if it need not start again, because the rows can be taken out of the output itself.
-        unread: tensors of the output that carry the batch and of which only the shape may be read later. They lose their rows,
-            too, unless they were made before an earlier cut and so still have the rows that left there.
+        unread: those of which only the shape may be read later. They lose rows, too, but where an earlier cut left them whole.
     """
 
     name: str
@@ -413,8 +412,7 @@ class _Recorder(TorchDispatchMode):
 def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
     """The cut at an output around which nothing passes, or at which the pass starts again."""
     read = output.read_later
-    without_rows = [leaf.shape for leaf in read.values() if not leaf.carries_rows]
-    if without_rows:
+    if without_rows := [leaf.shape for leaf in read.values() if not leaf.carries_rows]:
         return f"the first axis of a tensor in its output, of shape {without_rows[0]}, is not the {SURVEY_ROWS} images"
     if output.shared_and_overwritten:
         return "tensors in its output share memory that is written into later, and rows are taken out of each by itself"

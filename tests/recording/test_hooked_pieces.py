@@ -292,17 +292,17 @@ def test_values_of_images_that_go_past_an_exit_are_refused_by_name(pieces):
 def test_an_error_of_the_model_s_own_code_is_refused_in_one_line(pieces):
     class Chokes(LooksAtRows):
         def forward(self, x: Tensor) -> Tensor:
-            if len(x) == 6:
-                raise ValueError("six rows")
+            if len(x) == 8:
+                raise ValueError("eight rows")
             return super().forward(x)
 
     early = of(Chokes)
     recorded = pieces(early, 8, example_images(early, 1))
     for record in (recorded.bucket_for, recorded.replays_without_heads):
         with pytest.raises(
-            PteeError, match=r"^Batches of 6 cannot be recorded through the hooks of Chokes: ValueError: six rows\.$"
+            PteeError, match=r"^Batches of 8 cannot be recorded through the hooks of Chokes: ValueError: eight rows\.$"
         ):
-            record(6)
+            record(8)
 
 
 def test_optimize_takes_hooks_where_export_fails(pieces):
