@@ -211,6 +211,7 @@ class _Leaf:
     shape: tuple[int, ...]
     value: _Value | None
     layout: Layout | None
+    is_floating: bool
     carries_rows: bool  # whether its first axis starts with the rows of the batch
 
 
@@ -347,7 +348,7 @@ class _Recorder(TorchDispatchMode):
     def _leaf(self, tensor: Tensor) -> _Leaf:
         axes, shape = self._axes.get(tensor), tuple(tensor.shape)
         layout = layout_of(axes, shape) if axes is not None else None
-        return _Leaf(shape, self._find(tensor), layout, _carries_rows(shape, axes))
+        return _Leaf(shape, self._find(tensor), layout, tensor.is_floating_point(), _carries_rows(shape, axes))
 
     # ------------------------------------------------------------------------------------------- what the recording says
 
@@ -420,8 +421,8 @@ def _cut_at(output: _Output, steps: tuple[Step, ...]) -> Cut | str:
     if not readable:
         shape = next(iter(read.values())).shape
         return f"images, channels and positions cannot be told apart in its output of shape {shape}"
-    # Of several tensors the head reads the largest. If several are the largest, it reads the last of them.
-    main = max(readable, key=lambda i: (prod(readable[i].shape), i))
+    # Of several tensors the head reads the largest, and the last of several largest ones. A mask is read only if there is no other.
+    main = max(readable, key=lambda i: (readable[i].is_floating, prod(readable[i].shape), i))
     layout = readable[main].layout
     assert layout is not None
     unread = tuple(i for i, leaf in output.dependent.items() if i not in read and leaf.carries_rows)

@@ -62,6 +62,14 @@ class Counted(Two):
         return x, x.square().mean()
 
 
+class WithMask(Two):
+    """Gives a mask that is larger than its map."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.one(x)
+        return x, x.repeat(1, 2, 1, 1) > 0
+
+
 class Reading(nn.Module):
     """Makes one map of the output of a module."""
 
@@ -93,6 +101,12 @@ AWKWARD = {  # the part, the module in it, the tensors that carry the batch, the
         "part.inner",
         (1,),
         1,
+    ),
+    "a larger mask beside its output": (
+        lambda: Reading(WithMask(), lambda pair: pair[0] * pair[1].float().mean((1, 2, 3), keepdim=True)),
+        "part.inner",
+        (0, 1),
+        0,
     ),
     "a number that nobody reads beside its output": (
         lambda: Reading(Counted(), lambda pair: pair[0]),

@@ -223,6 +223,30 @@ def test_no_exit_stands_where_a_row_has_values_of_others_that_no_answer_shows():
     assert "other images" in failed["part.0"]
 
 
+def test_nan_that_other_images_cause_and_no_answer_shows_is_noticed_behind_a_cut_that_passes():
+    widened = Applying(lambda x: torch.cat([x, x[:, :1] * (float("nan") if len(x) > 1 else 1.0)], 1))
+    net = Net(nn.Sequential(widened, Applying(lambda x: x[:, :8])))
+    cuts = survey(net, SIZE).cuts
+    assert verify_cut_points(net, [cuts["entry"], cuts["part.0"]], SIZE).keys() == {"part.0"}
+
+
+class RoundsAFew(nn.Module):
+    """As code that casts to half precision does: of the last bits that a batch changes, a few make a whole step of it.
+
+    It cannot compute in float64, where such bits would be gone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = torch.zeros_like(x[0])
+        step[0, 0, 0] = 1e-3 * (len(x) > 1)
+        return (x * (1 + step)).float()
+
+
+def test_a_few_values_that_are_rounded_otherwise_in_a_batch_are_no_values_of_other_images():
+    net = Net(RoundsAFew())
+    assert verify_cut_points(net, [survey(net, SIZE).cuts["part"]], SIZE) == {}
+
+
 def other_for_groups_of(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x * 1.5 if len(x) % rows == 0 else x
 
