@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from awkward import SIZE, Applying, Net, conv
+from awkward import SIZE, Applying, Net, Two, conv
 from torch import Tensor, nn
 
 from ptee._common.errors import BackboneError
@@ -80,3 +81,21 @@ def test_what_heads_read_of_a_row_is_compared_also_where_cuts_fail_only_together
     cuts = [survey(net, SIZE).cuts[name] for name in ("entry", "part.0", "part.1")]
     assert [verify_cut_points(net, [cut], SIZE) for cut in cuts] == [{}, {}, {}]
     assert "other images" in "".join(verify_cut_points(net, cuts, SIZE).values())
+
+
+class ScalesByRows(Two):
+    """Keeps the number of rows over both convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        x = self.two(self.one(x))
+        return x * (rows / len(x))
+
+
+def test_a_cut_behind_which_the_pass_starts_again_does_not_hide_that_rows_cannot_leave_before_it():
+    net = Net(ScalesByRows())
+    found = survey(net, SIZE)
+    one, two = (found.cuts[name] for name in ("part.one", "part.two"))
+    again = replace(two, steps=found.steps["part.two"])
+    assert verify_cut_points(net, [one, again], SIZE).keys() == {"part.one"}
+    assert verify_cut_points(net, [replace(one, steps=found.steps["part.one"]), again], SIZE) == {}
