@@ -258,9 +258,7 @@ class _InexactError(BackboneError):
 
 def _failures(module: nn.Module, cuts: Sequence[Cut], input_size: tuple[int, int, int]) -> dict[str, _Failure]:
     reference = _Reference.of(module, random_images(module, LEAVING * len(cuts) + STAYING, input_size), cuts)
-    plain = [
-        cut for cut in cuts if not cut.steps
-    ]  # tried without the others, too: a later start repairs what they break
+    plain = [cut for cut in cuts if not cut.steps]  # tried alone, too, as a later start repairs what they break
     if cuts and all(reference.failure(tried) is None for tried in (cuts, plain) if tried):
         return {}
     reference.check_independence()
