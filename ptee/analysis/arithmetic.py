@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptee._common.devices import widest
 from ptee._common.process import Change, LongChange
 
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -131,6 +132,22 @@ def scratch_copy(module: nn.Module) -> nn.Module | None:
 def exact_images(images: Tensor, module: nn.Module) -> Tensor:
     """The images for an exact copy, with its type and on its device."""
     return images.to(next((p.device for p in module.parameters()), images.device)).double()
+
+
+def relative_gap(want: Tensor, got: Tensor) -> float:
+    """How far values are from those that they should be, as a share of their size; NaN and inf are near themselves alone.
+
+    In the root mean square: of code that casts to another type, rounding may move a few values by a whole step.
+    """
+    want, got = (_real(t).to(widest(t.device)) for t in (want, got))  # of which no square is infinite
+    same = (got == want) | (got.isnan() & want.isnan())
+    off, size = torch.where(same, 0, got - want), torch.where(want.isfinite(), want, 0)
+    gap, scale = (t.square().mean().sqrt().item() for t in (off, size))
+    return gap / max(scale, MIN_SCALE)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def keeps_rows_apart(module: nn.Module, images: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> bool:

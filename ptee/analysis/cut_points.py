@@ -170,16 +170,15 @@ def _survey(module: nn.Module, images: Tensor) -> Survey:
 
 
 def random_images(module: nn.Module, rows: int, input_size: tuple[int, int, int]) -> Tensor:
-    """Noise (rows, c, h, w) of contrasts from 0.05 to 1.5 in no order, the least of them last. The same at each call.
+    """Noise (rows, c, h, w) of contrasts from 1.5, the first, to 0.05, the last, in no order between. The same at each call.
 
-    So code that orders rows by their values, or that looks whether a value is above 1, does not treat all rows alike. The
-    images have the device and type of the module's parameters.
+    So code that orders rows by values, or looks if one is above 1, does not treat all alike. Device and type are the module's.
     """
     like, seeded = one_parameter(module), torch.Generator().manual_seed(0)
     noise = torch.randn(rows, *input_size, generator=seeded, dtype=torch.float32, device="cpu")
-    contrasts = 0.05 + 1.45 * (torch.arange(rows - 1, -1, -1, dtype=torch.float32, device="cpu") * GOLDEN % 1)
-    noise = noise * contrasts[:, None, None, None]
-    return noise.to(like.device, like.dtype)
+    shares = torch.arange(rows - 1, -1, -1, dtype=torch.float32, device="cpu") * GOLDEN % 1
+    shares[0] = rows > 1
+    return (noise * (0.05 + 1.45 * shares)[:, None, None, None]).to(like.device, like.dtype)
 
 
 def remedy(name: str, possible: Collection[str]) -> str:
