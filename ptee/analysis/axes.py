@@ -194,9 +194,8 @@ class AxisTracker:
 
     def _cat(self, args: Sequence[Any], shape: tuple[int, ...]) -> Axes | None:
         """One grid between other tensors is a grid between other tokens. In any other case the axis gets longer."""
-        tensors = [
-            t for t in args[0] if isinstance(t, Tensor) and t.dim() == len(shape)
-        ]  # torch takes an empty (0,), too
+        # torch takes an empty tensor (0,) beside others of any shape
+        tensors = [t for t in args[0] if isinstance(t, Tensor) and t.dim() == len(shape)]
         dim = (args[1] if len(args) > 1 else 0) % len(shape)
         known = [(i, axes) for i, t in enumerate(tensors) if (axes := self.get(t)) is not None]
         if not known:

@@ -365,7 +365,7 @@ class _Reference:
             return logits_of(self.module, self.images.clone())
 
     def check_other_batches(self, together: Tensor) -> None:
-        """Refuse a network whose rows get other logits alone, or in a smaller batch, in another order, beside images unlike noise."""
+        """Refuse a network whose rows get other logits alone, or in a smaller batch: in another order, beside images unlike noise."""
         self._require_near(together[ENDS], self.logits, self.tolerance)
         order = STEP * torch.arange(len(self.images) * 3 // 4 - 1, device=self.images.device) % len(self.images)
         images = self.images[order]

@@ -333,11 +333,11 @@ class Placer:
         cuts = [self.verified.get(cut.name, cut) for cut in cuts]
         failed: dict[str, str] = {}
         while found := verify_cut_points(self.backbone.module, cuts, self._size_to_verify_at):
-            untried = {cut.name for cut in cuts if not cut.steps and self.survey.steps[cut.name]} & found.keys()
-            failed |= {name: why for name, why in found.items() if name not in untried}
-            if not untried:
+            steps = {cut.name: self.survey.steps[cut.name] for cut in cuts if cut.name in found and not cut.steps}
+            steps = {name: again for name, again in steps.items() if again}
+            failed |= {name: why for name, why in found.items() if name not in steps}
+            if not steps:
                 break
-            steps = {name: self.survey.steps[name] for name in untried}
             cuts = [replace(cut, steps=steps.get(cut.name, cut.steps)) for cut in cuts if cut.name not in failed]
         for cut in cuts:
             if cut.steps and (share := self._outside(cut)) > MOST_REPEATED:

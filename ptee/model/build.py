@@ -173,7 +173,7 @@ def load(
         if row.tensor not in (None, cut.main):
             raise RunError(
                 f"{folder}: the head of exit {n} learned to read tensor {row.tensor} of what {row.name} returns, and it would get "
-                f"tensor {cut.main}. Load the run with the version of ptee that made it, or train it again."
+                f"tensor {cut.main}. Load the run with the version of ptee that made it, or train the heads again."
             )
     if model.num_classes != run.config.backbone.classes:
         raise RunError(
